@@ -72,6 +72,7 @@ SUBMIT_TRIES = 4
 GRACE_S = 30.0  # after a submit, a status of 404 may still mean "not yet"
 MAX_RETRY_AFTER_S = 300.0  # a server that asks for more is not waited for
 MODEL_AGE_S = 86_400.0  # then the catalogue is asked again, for the price
+AHEAD = 2  # clips that upload while all places for generations are taken
 BLOCK_BYTES = 1 << 20
 
 
@@ -354,7 +355,9 @@ class Order(NamedTuple):
 
 def amount(value: float, unit: str) -> str:
     """An amount of money to read: `12 credits`, `$1.20`."""
-    return f"${value:.2f}" if unit == "USD" else f"{value:g} {unit}"
+    if unit == "USD":
+        return f"${value:.2f}"
+    return f"{value:g} {unit}" if value != 1 else f"1 {unit.removesuffix('s')}"
 
 
 def sniff(head: bytes, kind: str) -> str:
@@ -715,18 +718,21 @@ class Governor:
 
     Two things are kept apart: the pace of requests (`gap_s` between two of them), which a refusal
     for rate slows down, and the generations in flight (`limit`), which a refusal for concurrency
-    lowers to what is active. Both grow again with every request that is accepted.
+    lowers to what is running. Both grow again with every request that is accepted. Only AHEAD more
+    clips than that upload already, so that what is ready is not queued behind what is not.
     """
 
     def __init__(self) -> None:
-        self.changed = threading.Condition()
+        self.lock = threading.Lock()
+        self.place_free, self.turn = (threading.Condition(self.lock) for _ in range(2))
         self.gap_s, self.next_at, self.slowed_at = 0.0, 0.0, -math.inf
         self.refusals, self.accepted_at = 0, [-math.inf] * 32
-        self.limit, self.active, self.refused, self.stopped = 4.0, 0, False, False
+        self.limit, self.refused, self.stopped = 4.0, False, False
+        self.ready, self.active, self.running = 0, 0, 0  # to be submitted, with a place, accepted
 
     def pace(self, sleep: Sleep) -> float:
         """Wait until a request may go out; the moment at which it does."""
-        with self.changed:
+        with self.lock:
             now = time.monotonic()
             at = max(now, self.next_at)
             self.next_at = at + self.gap_s
@@ -736,58 +742,87 @@ class Governor:
 
     def accepted(self) -> None:
         """A request was not refused: a little faster from now on."""
-        with self.changed:
+        with self.lock:
             self.refusals = 0
             self.accepted_at = [*self.accepted_at[1:], time.monotonic()]
             if self.gap_s:
-                rate = 1 / self.gap_s + 0.05
+                rate = 1 / self.gap_s + 0.02
                 self.gap_s = 1 / rate if rate < 100 else 0.0
 
     def too_fast(self, error: RateLimited) -> None:
         """A request was refused for rate: slower, and nothing before Hedra wants it."""
-        with self.changed:
+        with self.lock:
             now = time.monotonic()
             if error.sent_at >= self.slowed_at:  # else the echo of a burst that was answered for
-                lately = sum(now - at < 1.0 for at in self.accepted_at)
-                self.gap_s = min(5.0, max(1.3 * self.gap_s, 1.1 / max(1, lately)))
+                lately = max(1, sum(now - at < 1.0 for at in self.accepted_at))
+                self.gap_s = min(5.0, 1.2 * self.gap_s or 1.1 / lately)
                 self.slowed_at, self.refusals = now, self.refusals + 1
             after = error.retry_after
             pause = backoff_s(self.refusals, 0.5, cap=8.0) if after is None else after
             self.next_at = max(self.next_at, now + pause)
 
+    def begin(self) -> None:
+        """Wait until it is this clip's turn to upload."""
+        with self.lock:
+            while self.active + self.ready >= self.limit + AHEAD and not self.stopped:
+                self.turn.wait()
+            if self.stopped:
+                raise Stopped("not submitted, as the program stops; nothing was paid for it")
+            self.ready += 1
+
     def take(self, *, resumed: bool = False) -> None:
         """Take a place among the generations in flight; a resumed one has its place already."""
-        with self.changed:
+        with self.lock:
             while not resumed and self.active >= self.limit and not self.stopped:
-                self.changed.wait()
+                self.place_free.wait()
             if self.stopped and not resumed:
                 raise Stopped("not submitted, as the program stops; nothing was paid for it")
             self.active += 1
+            self.running += resumed
+            self.ready -= not resumed
 
-    def give(self, *, refused: bool = False) -> None:
-        """Give the place back; `refused`: the account would not have one more at once."""
-        with self.changed:
+    def leave(self) -> None:
+        """A clip that had its turn is not submitted after all."""
+        with self.lock:
+            self.ready -= 1
+            self.turn.notify()
+
+    def give(self, *, running: bool) -> None:
+        """Give a place back: the generation has ended, or the submit failed and may come again."""
+        with self.lock:
             self.active -= 1
-            if refused:
-                self.limit, self.refused = float(max(1, self.active)), True
-            self.changed.notify(2)  # this place, and the one that growing may have made
+            self.running -= running
+            self.ready += not running
+            self.wake()
+
+    def too_many(self) -> None:
+        """The account would not have one more generation at once."""
+        with self.lock:
+            self.limit, self.refused = float(max(1, self.running)), True
 
     def grow(self) -> None:
         """A submit was accepted: one place more, or, after a refusal, one more a round."""
-        with self.changed:
+        with self.lock:
+            self.running += 1
             self.limit += 1 / self.limit if self.refused else 1
-            self.changed.notify(2)
+            self.wake()
+
+    def wake(self) -> None:
+        """There may be a place more, and one that growing has made."""
+        self.place_free.notify(2)
+        self.turn.notify(2)
 
     def stop(self) -> None:
         """Let nobody wait for a place any more."""
-        with self.changed:
+        with self.lock:
             self.stopped = True
-            self.changed.notify_all()
+            self.place_free.notify_all()
+            self.turn.notify_all()
 
     def poll_interval(self, asked_s: float, gap_s: float) -> float:
         """Seconds between two polls of a clip, so that all in flight leave requests for the rest:
         `gap_s` is what the API allows between any two polls."""
-        return max(asked_s, self.active * max(gap_s, 2 * self.gap_s))
+        return max(asked_s, self.running * max(gap_s, 1.5 * self.gap_s))
 
 
 def lost(error: Exception, where: str, silence_s: float) -> ApiError:
@@ -1023,6 +1058,12 @@ class Wait(NamedTuple):
     eta_s: float | None = None
 
 
+def early_s(interval: float, due: float) -> float:
+    """Seconds to the next poll: far from the expected end a look tells little, so fewer then, and
+    the interval near it."""
+    return min(4 * interval, max(interval, (due - time.monotonic()) / 2))
+
+
 def iter_polls(
     http: Transport, look: Callable[[], Status], wait: Wait, gap_s: float
 ) -> Iterator[Status]:
@@ -1032,8 +1073,9 @@ def iter_polls(
     GRACE_S means that Hedra has not caught up with its own submit yet.
     """
     started, failures, due = time.monotonic(), 0, time.monotonic() + (wait.eta_s or 0)
-    if (wait.eta_s or 0) > wait.interval_s:
-        http.sleep(wait.interval_s)
+    interval = http.governor.poll_interval(wait.interval_s, gap_s)
+    if (wait.eta_s or 0) > interval:
+        http.sleep(early_s(interval, due))
     while True:
         interval = http.governor.poll_interval(wait.interval_s, gap_s)
         try:
@@ -1054,8 +1096,7 @@ def iter_polls(
                 return
             failures = 0
             due = due if status.eta_s is None else time.monotonic() + status.eta_s
-            # Far from the expected end a look tells little: fewer early, the interval near it.
-            interval = min(4 * interval, max(interval, (due - time.monotonic()) / 3))
+            interval = early_s(interval, due)
         left = wait.deadline - time.monotonic()
         if left <= 0:
             raise StillRunning("the time given for it has passed")
@@ -1524,7 +1565,8 @@ class View:
 
     def result(self, text: str) -> None:
         """A result, on standard output."""
-        print(text, flush=True)
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -1540,7 +1582,8 @@ class Lines(View):
         with self.lock:
             if not self.mute:
                 stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-                print(stamp, printable(text), file=sys.stderr, flush=True)
+                sys.stderr.write(f"{stamp} {printable(text)}\n")  # one write: others write, too
+                sys.stderr.flush()
 
     def state(self, clip: str, state: str, detail: str = "") -> None:
         with self.lock:
@@ -1571,7 +1614,7 @@ class Bars(View):
             self.tqdm.write(printable(text), file=sys.stderr)
 
     def state(self, clip: str, state: str, detail: str = "") -> None:
-        if self.verbose or (self.overall is not None and state in ("done", "failed")):
+        if self.verbose or (self.overall is not None and state == "failed"):
             self.say(f"{clip}: {state}" + (f" ({detail})" if detail else ""))
 
     def start(self, clip: str, what: str, total: int) -> None:
@@ -1595,7 +1638,8 @@ class Bars(View):
             if self.overall is None:
                 shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
                 if "generation" not in self.bars:
-                    new = self.tqdm(total=100, bar_format=shape, file=sys.stderr)
+                    name = f"{printable(clip)}: {state}"
+                    new = self.tqdm(desc=name, total=100, bar_format=shape, file=sys.stderr)
                     self.bars["generation"] = new
                 bar = self.bars["generation"]
                 bar.set_description_str(f"{printable(clip)}: {state}", refresh=False)
@@ -2142,6 +2186,13 @@ class Later:
         return self.value
 
 
+class Quote(NamedTuple):
+    """A price, None where nobody can tell, and the balance it is to be held against, if any."""
+
+    price: Callable[[], float | None]
+    balance: Callable[[], Balance | None] = lambda: None
+
+
 class Studio:
     """All that the clips of a command have in common: account, ledger, limits, view."""
 
@@ -2219,17 +2270,17 @@ class Studio:
             self.warned.add(what)
             return None
 
-    def make(self, clip: Clip, *, force: bool = False, quoted: bool = False) -> Result:
+    def make(self, clip: Clip, *, force: bool = False, quote: Quote | None = None) -> Result:
         """The product: one clip from its files to its video, free if it was paid for before.
 
-        `quoted`: the price has been held against the balance. Raises HedraError; whatever was
-        paid for by then is in the ledger.
+        With a `quote` the price has been held against the balance already. Raises HedraError;
+        whatever was paid for by then is in the ledger.
         """
         try:
-            return Work(self, clip).run(force, quoted)
+            return Work(self, clip).run(force, quote)
         except ModelGone:
             remember_model(self.api, self.asked, None)
-            return Work(self, clip).run(force, quoted)
+            return Work(self, clip).run(force, quote)
 
 
 def check_wishes(clip: Clip, media: Media, model: Model) -> None:
@@ -2270,7 +2321,7 @@ class Work:
         self.price: float | None = None
         self.new: set[str] = set()  # assets uploaded by this very work
         self.stale: set[str] = set()  # assets that Hedra no longer knows
-        self.placed = False
+        self.place = ""  # ready, then active, then running: see Governor
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -2281,14 +2332,14 @@ class Work:
         finally:
             self.spent[what] += time.monotonic() - before
 
-    def run(self, force: bool, quoted: bool) -> Result:
+    def run(self, force: bool, quote: Quote | None) -> Result:
         """From files to video."""
         known = self.studio.peek(self.clip)
         if known and not force and self.studio.finished(known[1], self.clip):
             return self.result("done", known[1])
         self.check()
-        paid = bool(known and not force and known[1].get("generation_id"))
-        quote = None if paid or quoted else self.ask()
+        if force or not (known and known[1].get("generation_id")):
+            quote = quote or self.ask()
         key = self.identify()
         with self.studio.ledger.own("clips", key, self.wait_for_owner) as self.record:
             if self.studio.finished(self.record, self.clip) and not force:
@@ -2296,7 +2347,7 @@ class Work:
             self.choose_take(force)
             try:
                 if not self.record.get("generation_id"):
-                    self.accept(self.lookup() or self.submit(quote))
+                    self.accept(self.lookup() or self.submit(quote or self.ask()))
                 self.collect()
             finally:
                 self.leave_place()
@@ -2308,13 +2359,12 @@ class Work:
         self.media = inspect_file(self.clip.audio, "audio")
         check_target(self.clip.target)
 
-    def ask(self) -> tuple[Later, Later]:
+    def ask(self) -> Quote:
         """Price and balance, asked for while the files are hashed."""
         studio = self.studio
         price = functools.partial(studio.price, self.clip, self.media)
         asked = ((price, "the price"), (self.api.balance, "the balance"))
-        first, second = (Later(functools.partial(studio.tolerant, *ask)) for ask in asked)
-        return first, second
+        return Quote(*(Later(functools.partial(studio.tolerant, *ask)).get for ask in asked))
 
     def identify(self) -> str:
         """The clip's key, for which its files are read."""
@@ -2382,34 +2432,34 @@ class Work:
             pause = min(3.0, 2 * pause)
         return None
 
-    def afford(self, quote: tuple[Later, Later] | None) -> None:
-        """Rule 2: too little is said before anything is uploaded."""
-        if quote:
-            self.price, balance = quote[0].get(), quote[1].get()
-            self.studio.afford(self.price, balance)
-
-    def submit(self, quote: tuple[Later, Later] | None) -> Job:
+    def submit(self, quote: Quote) -> Job:
         """Rules 3 and 4: the intent is on disk before the request; after an answer that leaves
         open what happened, look before another."""
-        self.afford(quote)
+        self.price, balance = quote.price(), quote.balance()  # rule 2, before any upload
+        self.studio.afford(self.price, balance)
         faults = 0
+        self.governor.begin()
         while True:
+            self.place = "ready"
             order = self.prepare()
+            self.governor.take()
+            self.place = "active"
             try:
-                self.governor.take()
-                self.placed = True
                 return self.api.submit(order)
             except ApiError as error:
-                self.leave_place(refused=isinstance(error, RateLimited))
                 if error.ambiguous and (job := self.look()):
                     return job
+                self.governor.give(running=False)
+                self.place = "ready"
                 faults += not isinstance(error, RateLimited)
                 self.endure(error, faults)
 
     def endure(self, error: ApiError, faults: int) -> None:
         """After a submit that Hedra has nothing of: wait and return if it may be sent again."""
         if isinstance(error, RateLimited):
-            if self.governor.active == 0:  # alone, and refused: it is the rate
+            if self.governor.running and "rate" not in error.words.lower():
+                self.governor.too_many()
+            else:  # alone, and refused: it is the rate
                 self.governor.too_fast(error)
             again = time.monotonic() - self.started < self.studio.timeout_s
         else:
@@ -2499,22 +2549,26 @@ class Work:
         """Hedra has the generation: from here on it is paid for, and must not be forgotten."""
         self.record.save(state="submitted", generation_id=job.id, price=self.price)
         self.job = job
-        self.governor.grow()
+        if self.place == "active":  # else it was found, not submitted
+            self.place = "running"
+            self.governor.grow()
         cost = f", about {amount(self.price, self.api.unit)}" if self.price is not None else ""
         self.view.state(self.clip.name, "submitted", f"generation {job.id}{cost}")
 
-    def leave_place(self, *, refused: bool = False) -> None:
-        """No longer among the generations in flight."""
-        if self.placed:
-            self.placed = False
-            self.governor.give(refused=refused)
+    def leave_place(self) -> None:
+        """No longer on the way to Hedra, or among the generations in flight."""
+        place, self.place = self.place, ""
+        if place in ("active", "running"):
+            self.governor.give(running=place == "running")
+        if place in ("active", "ready"):
+            self.governor.leave()
 
     def collect(self) -> None:
         """Wait for the generation and fetch its video. What goes wrong here loses nothing."""
         generation_id, target = str(self.record["generation_id"]), self.clip.target
-        if not self.placed:
+        if not self.place:
             self.governor.take(resumed=True)
-            self.placed = True
+            self.place = "running"
         studio = self.studio
         wait = Wait(studio.interval_s, time.monotonic() + studio.timeout_s, self.job.eta_s)
         try:
@@ -2594,19 +2648,29 @@ class Row(NamedTuple):
     price: float | None = None
     error: str = ""
     reserved: str = ""
+    generation_id: str = ""
 
 
 def folder_names(folder: Path) -> dict[str, str]:
-    """The names in a folder, by their lower-case form; raises InputError that names it."""
+    """The names in a folder, by themselves and in lower case, for cameras write X.JPG. Raises
+    InputError that names the folder."""
     try:
-        return {name.lower(): name for name in sorted(os.listdir(folder))}
+        names = sorted(os.listdir(folder))
     except OSError as error:
         raise InputError(f"{printable(folder)} cannot be listed: {error.strerror}") from error
+    return {name.lower(): name for name in names} | {name: name for name in names}
+
+
+def beside(audio: Path, suffixes: Sequence[str], names: Mapping[str, str]) -> list[Path]:
+    """The files beside a recording that have its name and one of some suffixes."""
+    wanted = [audio.stem + suffix for suffix in suffixes]
+    found = [names.get(name) or names.get(name.lower()) for name in wanted]
+    return [audio.parent / name for name in found if name]
 
 
 def wav_names(names: Mapping[str, str]) -> list[str]:
     """The recordings among a folder's names, without hidden and temporary ones."""
-    return [n for low, n in names.items() if low.endswith(".wav") and n[0] not in ".~#"]
+    return sorted({n for n in names.values() if n.lower().endswith(".wav") and n[0] not in ".~#"})
 
 
 def read_prompt(file: Path) -> str:
@@ -2621,21 +2685,19 @@ def clip_of(
     audio: Path, target: Path, wishes: Wishes, names: Mapping[str, str], *, flags_win: bool
 ) -> Clip:
     """A clip from its recording and what lies beside it; raises InputError without a portrait."""
-    stem = audio.stem.lower()
-    beside = [audio.parent / names[stem + s] for s in IMAGE_SUFFIXES if stem + s in names]
-    given = [Path(name) for name in (wishes.image,) if name]
-    images = (given + beside) if flags_win else (beside + given)
+    own = beside(audio, IMAGE_SUFFIXES, names)
+    given = [Path(wishes.image)] if wishes.image else []
+    images = given + own if flags_win else own + given
     images += [Path(wishes.fallback)] if wishes.fallback else []
     if not images:
         raise InputError(
             f"{printable(audio)} has no portrait: put {printable(audio.stem)}.png beside it, give "
             "--img FILE, or set FRIEND_IMG"
         )
-    own = ""
-    if f"{stem}.txt" in names and not (flags_win and wishes.prompt):
-        own = read_prompt(audio.parent / names[f"{stem}.txt"])
-    prompt, shape = own or wishes.prompt.strip() or DEFAULT_PROMPT, wishes[-2:]
-    return Clip(audio.stem, audio, images[0], prompt, target, *shape)
+    prompts = [read_prompt(file) for file in beside(audio, (".txt",), names)]
+    prompts = [wishes.prompt, *prompts] if flags_win else [*prompts, wishes.prompt]
+    prompt = next((text for text in prompts if text.strip()), DEFAULT_PROMPT)
+    return Clip(audio.stem, audio, images[0], prompt.strip(), target, *wishes[-2:])
 
 
 def find_clips(folder: Path, out_dir: Path, wishes: Wishes) -> tuple[list[Clip], list[Result]]:
@@ -2651,11 +2713,17 @@ def find_clips(folder: Path, out_dir: Path, wishes: Wishes) -> tuple[list[Clip],
     return clips, bad
 
 
+def row_of(state: str, clip: Clip, record: Record, media: Media | None = None) -> Row:
+    """A clip that the ledger knows."""
+    row = Row(clip, state, media or Media("", 0), record.get("cost") or record.get("price"))
+    return row._replace(generation_id=str(record.get("generation_id") or ""))
+
+
 def look_up(studio: Studio, clip: Clip, *, force: bool = False) -> Row:
     """What a clip needs, by the ledger; raises InputError for a bad one."""
     known = studio.peek(clip)
     if known and not force and studio.finished(known[1], clip):
-        return Row(clip, "done")
+        return row_of("done", clip, known[1])
     inspect_file(clip.image, "image")
     media = inspect_file(clip.audio, "audio")
     if not known:
@@ -2667,9 +2735,10 @@ def look_up(studio: Studio, clip: Clip, *, force: bool = False) -> Row:
     if force or (state == "refused" and record.get("transient")):
         return Row(clip, "new", media)
     if studio.finished(record, clip):
-        return Row(clip, "done", media)
+        return row_of("done", clip, record, media)
     if state == "refused" or record.get("generation_id"):
-        return Row(clip, "refused" if state == "refused" else "in flight", media)
+        states = {"refused": "refused", "done": "done, to be fetched"}
+        return row_of(states.get(str(state), "in flight"), clip, record, media)
     reserved = "" if state else reserved_id(key, str(record.get("take") or ""))
     return Row(clip, "new", media, reserved=reserved)
 
@@ -2719,12 +2788,12 @@ def total_price(rows: Sequence[Row]) -> float:
 
 
 def attempt(
-    studio: Studio, clip: Clip, *, force: bool = False, quoted: bool = False
+    studio: Studio, clip: Clip, *, force: bool = False, quote: Quote | None = None
 ) -> tuple[Result, Exception | None]:
     """Make a clip; what goes wrong becomes the result, for the others to go on."""
     started = time.monotonic()
     try:
-        return studio.make(clip, force=force, quoted=quoted), None
+        return studio.make(clip, force=force, quote=quote), None
     except Exception as error:  # a worker outlives whatever a clip does to it
         if studio.view.verbose:
             import traceback
@@ -2745,15 +2814,17 @@ class Crew:
         import queue
 
         self.studio, self.jobs, self.report = studio, jobs, report
-        self.queue: queue.SimpleQueue[tuple[Clip, bool, bool] | None] = queue.SimpleQueue()
+        self.queue: queue.SimpleQueue[tuple[Clip, bool, Quote | None] | None] = (
+            queue.SimpleQueue()
+        )
         self.threads: list[threading.Thread] = []
         self.waiting, self.idle = 0, threading.Condition()
 
-    def add(self, clip: Clip, *, force: bool = False, quoted: bool = False) -> None:
+    def add(self, clip: Clip, *, force: bool = False, quote: Quote | None = None) -> None:
         """One more clip to make."""
         with self.idle:
             self.waiting += 1
-            self.queue.put((clip, force, quoted))
+            self.queue.put((clip, force, quote))
             if len(self.threads) < min(self.jobs, self.waiting):
                 self.threads.append(threading.Thread(target=self.run, daemon=True))
                 self.threads[-1].start()
@@ -2761,8 +2832,8 @@ class Crew:
     def run(self) -> None:
         """In a thread."""
         while item := self.queue.get():
-            clip, force, quoted = item
-            self.report(clip, *attempt(self.studio, clip, force=force, quoted=quoted))
+            clip, force, quote = item
+            self.report(clip, *attempt(self.studio, clip, force=force, quote=quote))
             with self.idle:
                 self.waiting -= 1
                 self.idle.notify_all()
@@ -2826,11 +2897,12 @@ def run_batch(
     crew = Crew(studio, jobs, totals.report)
     for row in rows:
         if row.state == "done":
-            totals.report(row.clip, Result(row.clip.name, "done", str(row.clip.target)))
+            result = Result(row.clip.name, "done", str(row.clip.target), row.generation_id)
+            totals.report(row.clip, result._replace(price=row.price, unit=studio.api.unit))
         elif row.state == "bad":
             totals.report(row.clip, Result(row.clip.name, "failed", error=row.error))
         else:
-            crew.add(row.clip, force=force, quoted=True)
+            crew.add(row.clip, force=force, quote=Quote(functools.partial(getattr, row, "price")))
     crew.join()
     crew.stop(5.0)
     return summary(studio, rows, totals)
@@ -2848,7 +2920,7 @@ def check_budget(
         studio.view.say("warning: not all prices are known; the server has the last word")
     if max_price is not None and total > max_price:
         raise OutOfCredits(
-            f"these {len(new)} clips cost about {amount(total, unit)} and --max-credits is "
+            f"clips to make: {len(new)}, for about {amount(total, unit)}; --max-credits is "
             f"{amount(max_price, unit)}; nothing was uploaded or paid"
         )
     studio.afford(total, balance.get())
@@ -2860,7 +2932,7 @@ def summary(studio: Studio, rows: Sequence[Row], totals: Totals) -> int:
     if totals.unsent:
         prices = [row.price or 0 for row in rows if row.clip.name in totals.unsent]
         missing = amount(round(sum(prices), 6), studio.api.unit)
-        complain(f"out of funds: {len(prices)} clips were not sent; they need about {missing}")
+        complain(f"out of funds; clips not sent: {len(prices)}, they need about {missing}")
     for result in totals.failed:
         complain(f"{result.name}: {result.error}")
     return int(bool(totals.failed))
@@ -2868,7 +2940,7 @@ def summary(studio: Studio, rows: Sequence[Row], totals: Totals) -> int:
 
 def complain(text: str) -> None:
     """What a person must read, on stderr, however quiet it is there."""
-    print(f"hedra_avatar: {printable(text)}", file=sys.stderr)
+    sys.stderr.write(f"hedra_avatar: {printable(text)}\n")
 
 
 # -----------------------------------------------------------------------------
@@ -2929,9 +3001,9 @@ class Watcher:
     def consider(self, name: str, names: Mapping[str, str], closed: bool) -> None:
         """Take a recording if it is new and whole; say once what is wrong with it."""
         audio = self.folder / name
-        beside = [names[low] for low in names if low.startswith(f"{audio.stem.lower()}.")]
         try:
-            sign = " ".join(signature(self.folder / n) for n in sorted(beside))
+            parts = [audio, *beside(audio, (*IMAGE_SUFFIXES, ".txt"), names)]
+            sign = " ".join(signature(part) for part in parts)
         except OSError:  # gone, or being replaced: there will be another event
             return
         if self.seen.get(name) == sign or name in self.busy:
