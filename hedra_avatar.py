@@ -565,6 +565,7 @@ HINTS = (  # status, a pattern of the server's words, what a person can do
     (403, "", "if the account has moved to the new API, make a key with a colon (id:secret) there"),
     (413, "", "the file is too large for Hedra"),
 )
+LATER = "run the same command again later; what was paid for by then is not lost"
 
 
 def parse_error(status: int, headers: Mapping[str, str], body: Any, where: str) -> ApiError:
@@ -580,6 +581,7 @@ def parse_error(status: int, headers: Mapping[str, str], body: Any, where: str) 
     hints = [hint for at, pattern, hint in HINTS if at == known[0] and pattern in known[1]]
     if 300 <= status < 400:
         hints = ["redirects are not followed with a key; check HEDRA_BASE_URL"]
+    hints += [LATER] if status in (408, 425, 429) or status >= 500 else []
     return (RateLimited if status == 429 else OutOfCredits if broke else ApiError)(
         "; ".join([text, *hints[:1]]), status=status, code=code, words=words, trace_id=trace,
         retry_after=after, ambiguous=status in (408, 409) or status >= 500,
@@ -837,7 +839,7 @@ def lost(error: Exception, where: str, silence_s: float) -> ApiError:
     else:
         silent = isinstance(error, u.TimeoutError)
         what = f"no byte came for {silence_s:g} s" if silent else "the connection broke"
-    text = f"no answer to {where}: {what}; run it again later"
+    text = f"no answer to {where}: {what}; {LATER}"
     return ApiError(text, retryable=True, ambiguous=not unsent)
 
 
@@ -853,7 +855,8 @@ class Transport:
     ) -> None:
         self.account, self.connections = account, connections
         self.sleep: Sleep = sleep or (lambda seconds: time.sleep(seconds))
-        self.governor, self.opening = Governor(), threading.Lock()
+        self.governor = Governor()
+        self.opening, self.looking_up = threading.Lock(), threading.Lock()
         self.pools: list[urllib3.PoolManager] = []
         self.tally = dict.fromkeys(("requests", "retries", "bytes_up", "bytes_down"), 0)
 
@@ -943,7 +946,7 @@ class Transport:
         try:
             return json.loads(text)
         except ValueError:
-            text = f"Hedra's answer to {where} is no JSON: {error_words(text)[1][:80]!r}"
+            text = f"Hedra's answer to {where} is no JSON: {error_words(text)[1][:80]!r}; {LATER}"
             raise ApiError(text, retryable=True, ambiguous=True) from None
 
     def persist(self, attempt: Callable[[], T]) -> T:
@@ -1731,8 +1734,6 @@ class Part:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             tag = json.loads(self.tag_path.read_text())
             self.etag = tag.get("etag", "") if tag.get("generation") == generation_id else ""
-        if not self.etag:  # without one nothing tells that the rest would fit
-            self.restart("")
 
     def restart(self, etag: str | None) -> None:
         """Begin again from nothing, with a strong ETag or none."""
@@ -1757,6 +1758,9 @@ class Part:
         sync_folder(target.parent)
 
 
+HEAD_BYTES = 8  # of an MP4: the length of its first box, and `ftyp`
+
+
 def total_of(response: urllib3.BaseHTTPResponse, part: Part) -> int | None:
     """Get `part` ready for an answer's body: how long the video is in all, None if unknown.
 
@@ -1764,7 +1768,7 @@ def total_of(response: urllib3.BaseHTTPResponse, part: Part) -> int | None:
     """
     content_range = response.headers.get("Content-Range", "")
     piece = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", content_range)
-    if response.status == 206 and piece and int(piece[1]) == part.size:
+    if response.status == 206 and piece and int(piece[1]) == part.size > 0:
         return int(piece[2])
     if response.status == 416 and content_range == f"bytes */{part.size}" and part.size:
         return part.size
@@ -1787,27 +1791,37 @@ def fetch_into(http: Transport, url: str, part: Part, count: Callable[[int, int]
     """One request for what `part` lacks; raises ApiError where it is not whole afterwards."""
     import urllib3
 
+    if not part.etag:  # nothing would tell that the rest fits
+        part.restart("")
     headers = {"Range": f"bytes={part.size}-", "If-Range": part.etag} if part.size else {}
     response = http.fetch(url, headers)
     with given_back(response):
         total = total_of(response, part)
-        head = part.size == 0
+        begun = part.size >= HEAD_BYTES
         try:
             while response.status != 416 and (block := response.read1(BLOCK_BYTES)):
-                if head and block[4:8] != b"ftyp":
-                    part.restart("")
-                    raise ApiError("what came is no MP4", retryable=True)
-                head = False
                 write_all(part, block)
                 http.tally["bytes_down"] += len(block)
                 count(len(block), total or 0)
+                begun = begun or check_head(part)
         except urllib3.exceptions.HTTPError as error:
             raise lost(error, "the download", http.account.silence_s) from None
-        if part.size < 8 or part.size < (total or 0):
+        if not begun or part.size < (total or 0):
             raise ApiError(f"the video was cut at {part.size:,} bytes", retryable=True)
         if total is not None and part.size > total:
             part.restart("")
             raise ApiError(f"more came than the {total:,} bytes promised", retryable=True)
+
+
+def check_head(part: Part) -> bool:
+    """Whether the video has begun; raises ApiError where what came is something else."""
+    part.file.seek(0)
+    head = part.file.read(HEAD_BYTES)
+    part.file.seek(0, os.SEEK_END)
+    if len(head) == HEAD_BYTES and head[4:] != b"ftyp":
+        part.restart("")
+        raise ApiError("what came from the video's address is no MP4", retryable=True)
+    return len(head) == HEAD_BYTES
 
 
 def write_all(part: Part, block: bytes) -> None:
@@ -1873,8 +1887,8 @@ class Ledger:
     def __init__(self, folder: Path, sleep: Sleep, view: View) -> None:
         self.folder, self.sleep, self.view = folder, sleep, view
 
-    def load(self, kind: str, key: str) -> Record:
-        """The record, empty if there is none. A damaged one is set aside, never trusted, and what
+    def load(self, kind: str, key: str, *, owned: bool = False) -> Record:
+        """The record, empty if there is none. A damaged one is set aside by its owner, and what
         can still be read of it (which take it was) is kept: forgetting that could pay again."""
         path = self.folder / kind / f"{key}.json"
         try:
@@ -1885,12 +1899,15 @@ class Ledger:
             values = json.loads(raw)
             if isinstance(values, dict):
                 return Record(path, values)
-        aside = path.with_name(f"{key}.damaged-{time.time_ns()}")
-        os.replace(path, aside)
-        self.view.say(f"warning: {path} was damaged and is now {aside.name}; Hedra will be asked")
         text = raw.decode("utf-8", "replace")
         kept = dict(re.findall(r'"(take|audio|generation_id)": "([^"\\]+)"', text))
-        return Record(path, {**kept, "state": "intent"} if kept else {})
+        record = Record(path, {**kept, "state": "intent"} if kept else {})
+        if owned:
+            aside = path.with_name(f"{key}.damaged-{time.time_ns()}")
+            self.view.say(f"warning: {path} is damaged, set aside as {aside.name}; Hedra is asked")
+            os.replace(path, aside)
+            record.save()
+        return record
 
     @contextlib.contextmanager
     def own(
@@ -1900,7 +1917,7 @@ class Ledger:
         lock = self.folder / kind / f"{key}.lock"
         with locked(lock, self.sleep, waiting):
             try:
-                yield self.load(kind, key)
+                yield self.load(kind, key, owned=True)
             finally:
                 lock.unlink(missing_ok=True)
 
@@ -2001,25 +2018,25 @@ def remembered_model(api: Api, asked: str, *, max_age_s: float = math.inf) -> Mo
     return None
 
 
-def remember_model(api: Api, asked: str, model: Model | None) -> None:
-    """Write the choice down, or, with None, forget it: Hedra no longer knows the model."""
+def remember_model(api: Api, asked: str, model: Model) -> None:
+    """Write the choice down."""
     account, entries = api.http.account, dict[str, Any]()
     path = account.cache / "model_id"
     with contextlib.suppress(OSError, ValueError, TypeError):
         entries.update(json.loads(path.read_text()))
-    entries.pop(name := f"{account.id} {asked}".strip(), None)
-    if model:
-        entries[name] = {"at": int(time.time()), "model": model._asdict()}
+    name = f"{account.id} {asked}".strip()
+    entries[name] = {"at": int(time.time()), "model": model._asdict()}
     write_durably(path, json.dumps(entries, indent=1), sync=False)
 
 
 def find_model(api: Api, asked: str = "", *, max_age_s: float = math.inf) -> Model:
-    """The model asked for, or Character 3: remembered, else looked up and remembered."""
-    if model := remembered_model(api, asked, max_age_s=max_age_s):
-        return model
-    old = remembered_model(api, asked)  # its price is old; the choice itself stays
-    model = api.model(old.slug or old.id if old else asked)
-    remember_model(api, asked, model)
+    """The model asked for, or Character 3: remembered, else looked up, once, and remembered."""
+    with api.http.looking_up:
+        if model := remembered_model(api, asked, max_age_s=max_age_s):
+            return model
+        old = remembered_model(api, asked)  # its price is old; the choice itself stays
+        model = api.model(old.slug or old.id if old else asked)
+        remember_model(api, asked, model)
     return model
 
 
@@ -2278,8 +2295,7 @@ class Studio:
         """
         try:
             return Work(self, clip).run(force, quote)
-        except ModelGone:
-            remember_model(self.api, self.asked, None)
+        except ModelGone:  # another is remembered by now
             return Work(self, clip).run(force, quote)
 
 
@@ -2486,9 +2502,12 @@ class Work:
         if error.status not in (400, 404, 410, 422) or error.retryable:
             return False
         words = f"{error.code} {error.words}".lower()
-        if "model" in words and not self.studio.asked and self.api.model("") != self.model:
-            self.record.save(state="new")
-            raise ModelGone(str(error)) from error
+        if "model" in words and not self.studio.asked:
+            model = self.api.model("")
+            if model != self.model:
+                remember_model(self.api, "", model)
+                self.record.save(state="new")
+                raise ModelGone(str(error)) from error
         old = {str(self.record.get("audio")), str(self.record.get("image"))} - self.new - self.stale
         self.stale |= old
         about = re.search("asset|image|audio|keyframe|file|expired|not.?found", words)
