@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import functools
 import json
 import math
@@ -862,7 +861,9 @@ class Transport:
 
     def for_clip(self) -> Transport:
         """The same connections and pace, with a tally of its own."""
-        twin = copy.copy(self)
+        from copy import copy
+
+        twin = copy(self)
         twin.tally = dict.fromkeys(self.tally, 0)
         return twin
 
@@ -1128,6 +1129,10 @@ class WebApi:
     def __init__(self, http: Transport) -> None:
         self.http = http
 
+    def over(self, http: Transport) -> WebApi:
+        """The same API over another view of the transport."""
+        return WebApi(http)
+
     def mine(self, **values: Any) -> dict[str, Any]:
         """A request body, with the workspace where one is set."""
         workspace = self.http.account.workspace
@@ -1328,6 +1333,10 @@ class JobsApi:
     def __init__(self, http: Transport) -> None:
         self.http = http
         self.quoted: dict[tuple[str, ...], dict[float, float]] = {}
+
+    def over(self, http: Transport) -> JobsApi:
+        """The same API over another view of the transport."""
+        return JobsApi(http)
 
     def create_asset(self, name: str, kind: Kind) -> str:
         """The jobs API has no such step; always raises InputError."""
@@ -2328,8 +2337,7 @@ class Work:
 
     def __init__(self, studio: Studio, clip: Clip) -> None:
         self.studio, self.clip, self.view = studio, clip, studio.view
-        self.api = copy.copy(studio.api)
-        self.api.http = studio.http.for_clip()
+        self.api = studio.api.over(studio.http.for_clip())
         self.governor, self.sleep = studio.http.governor, studio.http.sleep
         self.started = time.monotonic()
         self.spent = dict.fromkeys(("hashing", "uploading", "waiting", "downloading"), 0.0)
@@ -3113,8 +3121,7 @@ class Watcher:
 
     def run(self, observer: Any, stop: threading.Event) -> None:
         """Until `stop` is set."""
-        inode, scanned = 0, -math.inf
-        self.view.say(f"watching {self.folder} for .wav files")
+        inode, scanned = -1, -math.inf
         notify_systemd("READY=1")
         while not stop.is_set():
             self.wake.clear()
@@ -3122,7 +3129,7 @@ class Watcher:
             if there != inode:
                 inode, scanned = self.attach(observer, there), -math.inf
             due = time.monotonic() - scanned > RESCAN_S
-            if inode:
+            if inode > 0:
                 with contextlib.suppress(InputError):  # the folder went away just now
                     self.look_round(everything=due)
                     scanned = time.monotonic() if due else scanned
@@ -3141,6 +3148,7 @@ class Watcher:
         if inode:
             with contextlib.suppress(OSError):  # gone again: the next turn sees it
                 observer.schedule(self, str(self.folder), recursive=False)
+                self.view.say(f"watching {self.folder} for .wav files")
                 return inode
         self.view.say(f"{self.folder} is not there; waiting for it")
         return 0
