@@ -2831,6 +2831,18 @@ def attempt(
         return result._replace(error=explain(error)), error
 
 
+def allow_files(count: int) -> None:
+    """Let this process open so many files, where the system does: each clip at work has a lock
+    and may have a connection."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 class Crew:
     """Up to `jobs` threads that make clips; `report` is called in them. Daemons: none of them
     keeps a program from ending, as whatever they do is in the ledger."""
@@ -2846,6 +2858,7 @@ class Crew:
         )
         self.threads: list[threading.Thread] = []
         self.waiting, self.idle = 0, threading.Condition()
+        allow_files(3 * jobs + 100)
 
     def add(self, clip: Clip, *, force: bool = False, quote: Quote | None = None) -> None:
         """One more clip to make."""

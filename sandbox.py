@@ -3,6 +3,7 @@
     python sandbox.py [serve] [--port N] [--render-seconds S] [--rate N/S] [--concurrency N]
     python sandbox.py demo [--api v2|v3|both] [--out-dir DIR]
     python sandbox.py sample DIR
+    python sandbox.py bench [--quick]
 
 `serve` prints the two lines to export, then answers until Ctrl-C: the web API (v2) under
 /web-app/public and the jobs API (v3) under /v3, on one port. Any key is good; one with a colon
@@ -10,7 +11,8 @@ is a v3 key. Videos come from a second port, by presigned URLs that expire and h
 Assets must exist and be uploaded before a generation may name them, a generation goes through
 queued, processing and finalizing, money goes down, a repeated `generation_id` gets a 409 and a
 repeated `idempotency_key` its first answer. `demo` makes a clip with hedra_avatar.py from a drawn
-portrait and a synthesised voice; `sample` writes those two files for you to keep.
+portrait and a synthesised voice; `sample` writes those two files for you to keep. `bench` measures
+the program against floors and peers, three minutes long, and prints one table.
 
 The video is rendered with `ffmpeg` from the PATH, else with that of the package imageio-ffmpeg.
 
@@ -35,16 +37,21 @@ import contextlib
 import hashlib
 import hmac
 import importlib
+import importlib.util
+import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
 import socketserver
+import statistics
 import struct
 import subprocess
 import sys
@@ -55,11 +62,14 @@ import uuid
 import wave
 import zlib
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from http import HTTPStatus
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeAlias
@@ -2031,8 +2041,655 @@ def serve(sandbox: Sandbox, port: int = 0, files_port: int = 0) -> Server:
     return Server(sandbox, port, files_port)
 
 
+# ------------------------------------------------------------------------ bench
+# bench: what hedra_avatar.py costs beyond what Hedra itself needs, beside its floors.
+
+MODULE = Path(__file__).resolve().with_name("hedra_avatar.py")
+MIB = 1 << 20
+SPAWN = multiprocessing.get_context("spawn")
+MISSING = "n/a"
+
+
+class BenchError(Exception):
+    """A part of the bench did not run; the text is one line."""
+
+
+class Score(NamedTuple):
+    """A row of the table; `asked` is what the ratio shall not exceed."""
+
+    what: str
+    ours: str
+    peer: str = ""
+    ratio: float | None = None
+    asked: float | None = None
+
+    def cells(self) -> list[str]:
+        ratio = "" if self.ratio is None else f"{self.ratio:.2f}"
+        missed = self.asked is not None and self.ratio is not None and self.ratio > self.asked
+        asked = "" if self.asked is None else f"{self.asked:g}" + (" missed" if missed else "")
+        return [self.what, self.ours, self.peer, ratio, asked]
+
+
+def amount(value: float, unit: str) -> str:
+    """A measured value, to three digits; seconds below one are milliseconds."""
+    if unit == "s" and value < 1:
+        value, unit = value * 1000, "ms"
+    return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+
+
+def score(
+    what: str, ours: float, unit: str, peer: float, of: str, asked: float | None = None
+) -> Score:
+    """A row of two numbers in one unit."""
+    return Score(what, amount(ours, unit), f"{amount(peer, unit)} {of}", ours / peer, asked)
+
+
+def table(scores: list[Score]) -> str:
+    """The rows as Markdown."""
+    heads = ["what", "ours", "floor or peer", "ratio", "asked"]
+    rows = [heads, *(one.cells() for one in scores)]
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in wide])
+    lines = (
+        " | ".join(cell.ljust(width) for cell, width in zip(row, wide, strict=True)) for row in rows
+    )
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+class Facts(NamedTuple):
+    """What the server saw: calls by verb, connections at once (API, files), when each ended."""
+
+    calls: Json
+    peak: int
+    peak_files: int
+    ended: dict[str, float]
+
+
+class Vague(Sandbox):
+    """A sandbox whose guess of when a v2 generation ends is off by up to 40 %."""
+
+    def seconds_left(self, one: Generation) -> float:
+        return super().seconds_left(one) * random.Random(one.id).uniform(0.6, 1.4)
+
+
+def host(pipe: Any, size: int, rules: Json) -> None:
+    """The body of a Host's process: answers until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def render(image: Path, audio: Path, out: Path, width: int, height: int) -> None:
+        with out.open("wb") as file:
+            file.write(b"\0\0\0\x18ftypmp42")
+            file.truncate(size)
+
+    books = {"credits": 10**9, "usd": 1e9, "render": render, "eager": True}
+    with Vague(**books, **rules) as sandbox, serve(sandbox) as server:
+        pipe.send({"v2": server.url_v2, "v3": server.url_v3})
+        with contextlib.suppress(EOFError):
+            while pipe.recv():
+                calls = Counter(call.verb for call in list(sandbox.log))
+                made = list(sandbox.generations.values())
+                ended = {one.id: one.at + sandbox.render_seconds for one in made}
+                peaks = server.peak_connections, server._files.peak
+                pipe.send(Facts(dict(calls), *peaks, ended))
+
+
+class Host:
+    """A sandbox in a process of its own, so that time and memory of a client are its own."""
+
+    def __init__(self, size: int = 50_000, **rules: Any) -> None:
+        self.pipe, theirs = SPAWN.Pipe()
+        self.process = SPAWN.Process(target=host, args=(theirs, size, rules), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.urls: dict[str, str] = self.pipe.recv()
+
+    def facts(self) -> Facts:
+        """What it has seen so far."""
+        self.pipe.send("facts")
+        facts: Facts = self.pipe.recv()
+        return facts
+
+    def environ(self, api: str, cache: Path) -> dict[str, str]:
+        """The environment of a client."""
+        blank = dict.fromkeys(("HEDRA_MODEL_ID", "HEDRA_WORKSPACE_ID", "FRIEND_IMG"), "")
+        mine = {"HEDRA_BASE_URL": self.urls[api], "HEDRA_API_KEY": KEYS[api]}
+        more = {"HEDRA_CACHE_DIR": str(cache), "PYTHONPATH": str(MODULE.parent)}
+        return {**os.environ, **blank, **mine, **more}
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pipe.close()
+        self.process.join(10)
+
+
+class Usage(NamedTuple):
+    """What a process has cost: seconds of wall and CPU, peak memory in MiB; and what it said."""
+
+    wall: float
+    cpu: float
+    peak: float
+    text: str = ""
+
+
+class Client:
+    """A process that is measured. Its peak counts from that of this process, which is small."""
+
+    def __init__(self, command: list[Any], environ: dict[str, str], folder: Path) -> None:
+        self.started = time.perf_counter()
+        self.name, self.said = " ".join(map(str, command[1:4])), tempfile.TemporaryFile()
+        null = subprocess.DEVNULL
+        words = list(map(str, command))
+        self.process = subprocess.Popen(
+            words, env=environ, cwd=folder, stdin=null, stdout=self.said, stderr=null
+        )
+
+    def end(self, kill: bool = False) -> Usage:
+        """Wait for it, or kill it; raises BenchError if it failed."""
+        if kill:
+            self.process.kill()
+        try:
+            _, status, used = os.wait4(self.process.pid, 0)
+        except (KeyboardInterrupt, Terminated):
+            self.process.kill()
+            raise
+        wall = time.perf_counter() - self.started
+        self.process.returncode = os.waitstatus_to_exitcode(status)
+        if self.process.returncode and not kill:
+            raise BenchError(f"{self.name} ended with {self.process.returncode}")
+        scale = 1 if sys.platform == "darwin" else 1024
+        with self.said:
+            self.said.seek(0)
+            text = self.said.read().decode()
+        return Usage(wall, used.ru_utime + used.ru_stime, used.ru_maxrss * scale / MIB, text)
+
+    def cpu(self) -> float | None:
+        """Seconds of CPU so far; None where there is no /proc."""
+        try:
+            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+        except FileNotFoundError:
+            return None
+        ticks = stat.rpartition(")")[2].split()[11:13]
+        return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
+def hedra(*words: object) -> list[object]:
+    """The command line of the program, byte-compiled."""
+    return [sys.executable, "-m", "hedra_avatar", *words]
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Wall time of a call."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def medians(runs: dict[str, Callable[[], float]], times: int) -> dict[str, float]:
+    """The median of each, taken in turns, so that a busy moment hits all of them."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(times):
+        for name, run in runs.items():
+            found[name].append(run())
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The value of a call in a process of its own, which keeps this one small."""
+    with ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def write_portrait(path: Path) -> Path:
+    """A portrait like no other: what follows the end of a PNG is not looked at."""
+    rows = [bytearray(6), bytearray(6)]
+    path.write_bytes(png(2, 2, 2, rows) + uuid.uuid4().bytes)
+    return path
+
+
+def write_voice(path: Path, size: int = 20_000) -> Path:
+    """A recording of nearly `size` bytes like no other."""
+    rate = 8000 if size < MIB else 48_000
+    with path.open("wb") as file, wave.open(file, "wb") as sound:
+        sound.setparams((2, 2, rate, 0, "NONE", ""))
+        sound.writeframes(uuid.uuid4().bytes)
+        for at in range(60, size - 3, MIB):
+            sound.writeframesraw(bytes(min(MIB, (size - at) // 4 * 4)))
+    return path
+
+
+def bench_start(folder: Path, quick: bool) -> list[Score]:
+    """A start against the least that a script of this size can do."""
+    image, audio = write_portrait(folder / "s.png"), write_voice(folder / "s.wav")
+    compiling = f"compile(open({str(MODULE)!r}, 'rb').read(), 'hedra_avatar.py', 'exec')"
+    floor = [sys.executable, "-c", f"import argparse, json, pathlib, re; {compiling}"]
+    done = ["run", "--wav", audio, "--img", image, "--out", folder / "s.mp4"]
+    words = {"--help": ["--help"], "--version": ["--version"], "run, finished clip": done}
+    commands: dict[str, list[Any]] = {"floor": floor}
+    for name, more in words.items():
+        commands |= {name: [sys.executable, MODULE, *more], f"{name}, -m": hedra(*more)}
+    with Host(render_seconds=0) as server:
+        environ = server.environ("v2", folder / "start")
+        Client(hedra(*done), environ, folder).end()
+
+        def run(command: list[Any]) -> float:
+            return Client(command, environ, folder).end().wall
+
+        calls = {name: partial(run, command) for name, command in commands.items()}
+        took = medians(calls, 5 if quick else 15)
+    asked = {"--help": 1.3, "--version": 1.3, "run, finished clip": 1.6}
+    floor_s = took.pop("floor")
+    return [
+        score(f"start: {name}", value, "s", floor_s, "bare start", asked.get(name))
+        for name, value in took.items()
+    ]
+
+
+def ask(line: HTTPConnection, method: str, path: str, value: Any = None, **headers: str) -> bytes:
+    """One request on a kept-alive connection: bytes go as they are, anything else as JSON."""
+    body = value if isinstance(value, bytes) or value is None else json.dumps(value).encode()
+    named = {"X-API-Key": KEYS["v2"], "Content-Type": "application/json", **headers}
+    line.request(method, path, body, named)
+    response = line.getresponse()
+    data = response.read()
+    if response.status != 200:
+        raise BenchError(f"{method} {path} was answered {response.status}")
+    return data
+
+
+def give(base: str, file: Path, kind: str) -> tuple[HTTPConnection, str]:
+    """Create and upload an asset: two round trips."""
+    parts = urlsplit(base)
+    line = HTTPConnection(parts.hostname or "", parts.port)
+    named = {"name": file.name, "type": kind}
+    asset = json.loads(ask(line, "POST", f"{PREFIX_V2}/assets", named))["id"]
+    head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
+    kinds = {"Content-Type": "multipart/form-data; boundary=b"}
+    body = head + file.read_bytes() + b"\r\n--b--\r\n"
+    ask(line, "POST", f"{PREFIX_V2}/assets/{asset}/upload", body, **kinds)
+    return line, asset
+
+
+def order_of(image: str, audio: str) -> Json:
+    """The body of a v2 submit."""
+    inputs = {"text_prompt": "A person talks.", "resolution": "540p", "aspect_ratio": "9:16"}
+    return {
+        "type": "video",
+        "start_keyframe_id": image,
+        "audio_id": audio,
+        "model_slug": "together/hedra-character-3",
+        "generated_video_inputs": inputs,
+    }
+
+
+def chain(base: str, image: Path, audio: Path, out: Path) -> None:
+    """The round trips of a v2 clip that nobody can avoid, and nothing else."""
+    with ThreadPoolExecutor(2) as pool:
+        pictured, voiced = pool.map(give, (base, base), (image, audio), ("image", "audio"))
+    line = pictured[0]
+    order = order_of(pictured[1], voiced[1])
+    made = json.loads(ask(line, "POST", f"{PREFIX_V2}/generations", order))["id"]
+    url = json.loads(ask(line, "GET", f"{PREFIX_V2}/generations/{made}/status"))["url"]
+    parts = urlsplit(url)
+    files = HTTPConnection(parts.hostname or "", parts.port)
+    files.request("GET", f"{parts.path}?{parts.query}")
+    out.write_bytes(files.getresponse().read())
+    for one in (line, voiced[0], files):
+        one.close()
+
+
+def peer_clip(base: str, image: Path, audio: Path, out: Path, interval: float) -> None:
+    """The simplest honest script that a user would write: one thing after the other, with
+    `requests`, files read whole."""
+    requests = importlib.import_module("requests")
+    key = {"X-API-Key": KEYS["v2"]}
+    assets = []
+    for file, kind in ((image, "image"), (audio, "audio")):
+        named = {"name": file.name, "type": kind}
+        reply = requests.post(f"{base}/assets", json=named, headers=key, timeout=60)
+        reply.raise_for_status()
+        assets.append(reply.json()["id"])
+        files = {"file": (file.name, file.read_bytes())}
+        address = f"{base}/assets/{assets[-1]}/upload"
+        requests.post(address, files=files, headers=key, timeout=300).raise_for_status()
+    order = order_of(*assets)
+    reply = requests.post(f"{base}/generations", json=order, headers=key, timeout=60)
+    reply.raise_for_status()
+    address = f"{base}/generations/{reply.json()['id']}/status"
+    while True:
+        row = requests.get(address, headers=key, timeout=60).json()
+        if row["status"] in ("complete", "error"):
+            break
+        time.sleep(interval)
+    out.write_bytes(requests.get(row["url"], timeout=300).content)
+
+
+def race(environ: dict[str, str], folder: Path, times: int, interval: float, rival: str) -> Json:
+    """Clips by us and by a rival in turns, the program being loaded; seconds of each."""
+    client = importlib.import_module("hedra_avatar")
+    importlib.import_module("urllib3" if rival == "chain" else "requests")
+    base, out = environ["HEDRA_BASE_URL"], folder / f"{rival}.mp4"
+    os.environ.update(environ)
+    rivals: dict[str, Callable[[Path, Path], None]] = {
+        "chain": lambda image, audio: chain(base, image, audio, out),
+        "peer": lambda image, audio: peer_clip(base, image, audio, out, interval),
+    }
+
+    def ours(image: Path, audio: Path) -> None:
+        words = ["--wav", audio, "--img", image, "--out", f"{out}.ours.mp4", "-q"]
+        words += ["--poll-interval", interval]
+        with contextlib.redirect_stdout(io.StringIO()):
+            if client.main(["run", *map(str, words)]):
+                raise BenchError("hedra_avatar run has failed")
+
+    def run(make: Callable[[Path, Path], None]) -> float:
+        files = write_portrait(folder / "race.png"), write_voice(folder / "race.wav")
+        return seconds_of(lambda: make(*files))
+
+    return medians({"ours": partial(run, ours), rival: partial(run, rivals[rival])}, times)
+
+
+def bench_warm(folder: Path, quick: bool) -> list[Score]:
+    """One clip where every answer takes 50 ms, the model being known."""
+    with Host(render_seconds=0, latency=0.05) as server:
+        environ = server.environ("v2", folder / "warm")
+
+        def whole() -> float:
+            image, audio = write_portrait(folder / "w.png"), write_voice(folder / "w.wav")
+            words = ("run", "--wav", audio, "--img", image, "--out", folder / "w.mp4")
+            return Client(hedra(*words), environ, folder).end().wall
+
+        whole()  # from now on the model is known
+        took = in_process(race, environ, folder, 3 if quick else 9, 5.0, "chain")
+        before = server.facts().calls
+        times = 3 if quick else 5
+        bare = [sys.executable, "-c", "pass"]
+        alone = medians(
+            {"ours": whole, "bare": lambda: Client(bare, environ, folder).end().wall}, times
+        )
+        after = server.facts().calls
+    counts = {verb: (after[verb] - before.get(verb, 0)) / times for verb in after}
+    besides = sum(counts.values()) - counts["status"] - counts["download"]
+    named = ", ".join(f"{verb} {count:g}" for verb, count in counts.items() if count)
+    floor = took["chain"] + alone["bare"]
+    return [
+        score("one warm clip, 50 ms a request", took["ours"], "s", took["chain"], "chain", 1.25),
+        score("  as a process, start included", alone["ours"], "s", floor, "chain + bare python"),
+        Score(f"  requests: {named}", f"{besides:g}", "6 besides status, download", besides / 6, 1),
+    ]
+
+
+TRANSFER = """
+import json, sys, time
+from pathlib import Path
+import hedra_avatar as hedra
+audio, image, out, key = *map(Path, sys.argv[1:4]), sys.argv[4]
+marks = [time.perf_counter()]
+ref = hedra.upload(audio, "audio", key)
+marks.append(time.perf_counter())
+other = hedra.upload(image, "image", key)
+made = hedra.start_generation(other, ref, "A person talks.", key)
+marks.append(time.perf_counter())
+hedra.wait_and_download(made, out, key, name="ours")
+marks.append(time.perf_counter())
+print(json.dumps([marks[1] - marks[0], marks[3] - marks[2], made]))
+"""
+
+
+class Transfers:
+    """A recording up and a video down, by the library and by curl."""
+
+    def __init__(self, server: Host, folder: Path, size: int) -> None:
+        self.folder, self.base = folder, server.urls["v2"]
+        self.environ = server.environ("v2", folder / "big")
+        self.image = write_portrait(folder / "b.png")
+        self.audio = write_voice(folder / f"b{size}.wav", size)
+        self.took: dict[str, list[float]] = {name: [] for name in ("up", "down", "curl up")}
+        self.took |= {"curl down": [], "fsync": []}
+        self.peak = 0.0
+
+    def ours(self) -> str:
+        """Both ways; the id of the generation."""
+        words = [self.audio, self.image, self.folder, KEYS["v2"]]
+        used = Client(
+            [sys.executable, "-c", TRANSFER, *words], self.environ, self.folder
+        ).end()
+        up, down, made = json.loads(used.text)
+        self.took["up"].append(up)
+        self.took["down"].append(down)
+        self.peak = max(self.peak, used.peak)
+        return str(made)
+
+    def curl(self, made: str) -> None:
+        """The same two, and what a sync of the video costs, which curl does not do."""
+        parts = urlsplit(self.base)
+        line = HTTPConnection(parts.hostname or "", parts.port)
+        named = {"name": "b", "type": "audio"}
+        asset = json.loads(ask(line, "POST", f"{PREFIX_V2}/assets", named))["id"]
+        url = json.loads(ask(line, "GET", f"{PREFIX_V2}/generations/{made}/status"))["url"]
+        line.close()
+        up = f"{self.base}/assets/{asset}/upload"
+        out, key = self.folder / "curl.mp4", f"X-API-Key: {KEYS['v2']}"
+        files = ["-o", os.devnull, "-H", key, "-F", f"file=@{self.audio}", up]
+        for name, words in {"curl up": files, "curl down": ["-o", out, url]}.items():
+            command = ["curl", "-sSf", *words]
+            self.took[name].append(Client(command, self.environ, self.folder).end().wall)
+        with out.open("rb") as file:
+            self.took["fsync"].append(seconds_of(lambda: os.fsync(file.fileno())))
+
+
+def bench_files(folder: Path, quick: bool) -> tuple[list[Score], list[str]]:
+    """Big files against curl; memory must not know their size."""
+    up, down = 100 * MIB, 200_000_000
+    with Host(down, render_seconds=0) as server:
+        small, big = Transfers(server, folder, MIB), Transfers(server, folder, up)
+        small.ours()
+        for _ in range(1 if quick else 3):
+            made = big.ours()
+            if shutil.which("curl"):
+                big.curl(made)
+    took = {name: statistics.median(values) if values else 0 for name, values in big.took.items()}
+    rows = [Score("100 MiB up, 200 MB down", MISSING, "curl is not installed")]
+    if took["curl up"]:
+        synced = took["curl down"] + took["fsync"]
+        both, peer = took["up"] + took["down"], took["curl up"] + took["curl down"]
+        rows = [
+            score("100 MiB up", took["up"], "s", took["curl up"], "curl"),
+            score("200 MB down, synced to disk", took["down"], "s", took["curl down"], "curl"),
+            score("  against curl and a sync", took["down"], "s", synced, "curl, fsync"),
+            score("both", both, "s", peer, "curl", 1.25),
+        ]
+    rows.append(score("  peak memory", big.peak, "MiB", 56, "bound", 1))
+    text = f"memory by bytes: {small.peak:.0f} MiB with 1 MiB up, {big.peak:.0f} MiB with 100 MiB"
+    return [*rows, hash_score(big.audio)], [text]
+
+
+def hash_times(file: Path) -> Json:
+    """Seconds to hash a file, by us and by what the standard library has."""
+    client = importlib.import_module("hedra_avatar")
+
+    def by(name: str) -> float:
+        with file.open("rb") as stream:
+            return seconds_of(lambda: hashlib.file_digest(stream, name))
+
+    names = ("blake2b", "blake2s", "md5", "sha1", "sha256", "sha512", "sha3_256")
+    runs: dict[str, Callable[[], float]] = {name: partial(by, name) for name in names}
+    ours = partial(seconds_of, partial(client.content_digest, file))
+    return medians({"ours": ours, **runs}, 3)
+
+
+def hash_score(file: Path) -> Score:
+    """The one pass over a recording against the fastest hash that there is."""
+    took = in_process(hash_times, file)
+    ours = took.pop("ours")
+    best = min(took, key=lambda name: took[name])
+    size = file.stat().st_size / 1e9
+    speeds = " ".join(f"{name} {size / seconds:.1f}" for name, seconds in took.items())
+    return score(f"hash of 100 MiB (GB/s: {speeds})", ours, "s", took[best], best)
+
+
+def make_folder(folder: Path, clips: int) -> Path:
+    """A folder of so many recordings."""
+    folder.mkdir()
+    for number in range(clips):
+        write_voice(folder / f"clip-{number:04}.wav")
+    return folder
+
+
+def batch(server: Host, api: str, folder: Path, *words: object) -> Client:
+    """Start a batch over a folder, with a cache and an output of its own."""
+    image, name = write_portrait(folder.with_suffix(".png")), f"{folder.name}-{api}"
+    out, environ = folder.with_name(f"{name}-out"), server.environ(api, folder.with_name(name))
+    command = hedra("batch", folder, "--img", image, "--out-dir", out, "--json", *words)
+    return Client(command, environ, folder.parent)
+
+
+def bench_many(folder: Path, api: str) -> tuple[list[Score], float]:
+    """200 clips of which Hedra renders 50 at once, in 2 s each; also the CPU ms a clip."""
+    clips, jobs, render = 200, 50, 2.0
+    recordings = make_folder(folder / f"many-{api}", clips)
+    with Host(render_seconds=render) as server:
+        used = batch(server, api, recordings, "--jobs", jobs).end()
+        facts = server.facts()
+    bound, each = clips / jobs * render, used.cpu / clips * 1000
+    peak = max(facts.peak, facts.peak_files)
+    return [
+        score(f"{clips} clips, {jobs} jobs, {api}", used.wall, "s", bound, "bound", 1.3),
+        score("  CPU a clip", each, "ms", 20, "bound", 1),
+        score("  connections at once", peak, "", jobs, "jobs", 1),
+    ], used.peak
+
+
+def wait_for(server: Host, verb: str, count: int) -> None:
+    """Until a verb was called so often; raises BenchError after two minutes."""
+    for _ in range(240):
+        if server.facts().calls.get(verb, 0) >= count:
+            return
+        time.sleep(0.5)
+    raise BenchError(f"{verb} was called {server.facts().calls.get(verb, 0)} times, not {count}")
+
+
+def bench_waiting(folder: Path, api: str, quick: bool) -> tuple[list[Score], float]:
+    """Clips that all wait: their memory, and the CPU of ten seconds in which nothing ends."""
+    clips = 200 if quick else 1000
+    recordings = make_folder(folder / f"wait-{api}", clips)
+    with Host(render_seconds=600) as server:
+        client = batch(server, api, recordings, "--jobs", clips, "--timeout", 900)
+        try:
+            wait_for(server, "submit", clips)
+            time.sleep(2)
+            before, started = client.cpu(), time.monotonic()
+            time.sleep(10)
+            after, seconds = client.cpu(), time.monotonic() - started
+        finally:
+            used = client.end(kill=True)
+    share = f"{100 * (after - before) / seconds:.1f} %" if after and before else MISSING
+    return [
+        score(f"{clips} clips waiting, {api}: memory", used.peak, "MiB", 200, "bound", 1),
+        Score("  share of a CPU while they wait", share),
+    ], used.peak
+
+
+def bench_growth(folder: Path, quick: bool) -> str:
+    """CPU a clip by the number of clips."""
+    costs = {}
+    for clips in (20, 50) if quick else (50, 200, 800):
+        recordings = make_folder(folder / f"grow-{clips}", clips)
+        with Host(render_seconds=0) as server:
+            used = batch(server, "v2", recordings, "--jobs", 50).end()
+        costs[clips] = f"{used.cpu / clips * 1000:.1f} ms at {clips}"
+    return f"CPU a clip by clips (v2, 50 jobs, start included): {', '.join(costs.values())}"
+
+
+RENDER, INTERVAL = 3.3, 0.5
+
+
+def bench_detection(folder: Path, api: str, quick: bool) -> list[Score]:
+    """From the end of a generation to the file on disk, and the polls spent on it."""
+    clips = 8 if quick else 24
+    recordings = make_folder(folder / f"detect-{api}", clips)
+    with Host(render_seconds=RENDER) as server:
+        words = ("--jobs", clips, "--poll-interval", INTERVAL)
+        used = batch(server, api, recordings, *words).end()
+        facts = server.facts()
+    late = []
+    for line in used.text.splitlines():
+        row = json.loads(line)
+        renamed = Path(row["path"]).stat().st_ctime  # the rename is the last thing done to it
+        late.append(renamed - facts.ended[row["generation_id"].lower()])
+    late.sort()
+    marks = (late[0], statistics.median(late), late[len(late) * 9 // 10], late[-1])
+    spread = " / ".join(f"{1000 * max(0, value):.0f}" for value in marks) + " ms"
+    how = {"v2": "polling, estimate off by 40 %", "v3": "the stream"}[api]
+    polls, plain = facts.calls.get("status", 0) / clips, math.ceil(RENDER / INTERVAL) + 1
+    what = f"end to file, {how}: min / median / 90 % / max"
+    half = INTERVAL / 2
+    return [
+        Score(what, spread, f"{1000 * half:.0f} ms half an interval", marks[1] / half),
+        score("  polls a clip", polls, "", plain, "one every interval", 1),
+    ]
+
+
+def peer_big(base: str, image: Path, audio: Path, out: Path) -> float:
+    """The peak memory, in MiB, of the simplest script with the big files."""
+    peer_clip(base, image, audio, out, 5)
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / MIB
+
+
+def bench_peer(folder: Path, quick: bool) -> list[Score]:
+    """The same clip by a script with `requests`."""
+    if not importlib.util.find_spec("requests"):
+        return [Score("one clip against `requests`", MISSING, "requests is not installed")]
+    with Host(render_seconds=RENDER, latency=0.05) as server:
+        environ = server.environ("v2", folder / "peer")
+        took = in_process(race, environ, folder, 1 if quick else 3, INTERVAL, "peer")
+    with Host(200_000_000, render_seconds=0) as server:
+        big = Transfers(server, folder, 100 * MIB)
+        big.ours()
+        out = folder / "peer.mp4"
+        peak = in_process(peer_big, server.urls["v2"], big.image, big.audio, out)
+    what = f"one clip, {RENDER:g} s of rendering, looks every {INTERVAL:g} s"
+    return [
+        score(what, took["ours"], "s", took["peer"], "script with requests"),
+        score("  memory with big files", big.peak, "MiB", peak, "script with requests"),
+    ]
+
+
+def run_bench(folder: Path, quick: bool) -> tuple[list[Score], list[str]]:
+    """All rows, and the lines under the table."""
+    scores, lines, peaks = bench_start(folder, quick) + bench_warm(folder, quick), [], {}
+    files, lines = bench_files(folder, quick)
+    scores += files
+    for api in KEYS:
+        rows, few = bench_many(folder, api)
+        more, many = bench_waiting(folder, api, quick)
+        scores += rows + more
+        peaks[api] = f"{api} {few:.0f} MiB at 50, {many:.0f} MiB at {200 if quick else 1000}"
+    for api in KEYS:
+        scores += bench_detection(folder, api, quick)
+    scores += bench_peer(folder, quick)
+    lines += [f"memory by jobs: {'; '.join(peaks.values())}", bench_growth(folder, quick)]
+    return scores, lines
+
+
+def cmd_bench(arguments: argparse.Namespace) -> int:
+    """Print the table."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # A thousand clips at once are a thousand sockets, and as many locks, at either end.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 10_240), most))
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        scores, lines = run_bench(Path(folder), arguments.quick)
+    print(table(scores), "", *lines, sep="\n")
+    spent = f"{time.monotonic() - started:.0f} s on {os.cpu_count()} CPUs"
+    print(f"One run, {spent}, Python {sys.version.split()[0]}; load {os.getloadavg()[0]:.1f}")
+    return 0
+
+
 # ----------------------------------------------------------------- command line
-# main: serve, sample, demo.
+# main: serve, sample, demo, bench.
 
 EXPORTS = """Hedra's sandbox is up; Ctrl-C ends it. In another terminal, for the web API (v2):
   export HEDRA_BASE_URL={v2} HEDRA_API_KEY=sandbox
@@ -2151,6 +2808,9 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--api", choices=("v2", "v3", "both"), default="v2")
     demo.add_argument("--out-dir", type=Path, metavar="DIR", default=Path("output"))
     demo.set_defaults(run=cmd_demo)
+    bench = commands.add_parser("bench", help="what hedra_avatar.py costs, beside its floors")
+    bench.add_argument("--quick", action="store_true", help="fewer repetitions, fewer clips")
+    bench.set_defaults(run=cmd_bench)
     return parser
 
 
@@ -2160,7 +2820,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, on_sigterm)
     try:
         return int(arguments.run(arguments))
-    except (RenderError, OSError) as error:
+    except (RenderError, BenchError, OSError) as error:
         print(f"sandbox: {error}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, Terminated):
