@@ -203,6 +203,14 @@ class Account(NamedTuple):
         return digest_of("account", self.key, self.base_url, self.workspace)[:16]
 
 
+def mismatch(account: Account) -> str:
+    """What to say where the base URL is plainly of the API that the key is not of."""
+    mine, other = ("v3", "v2") if ":" in account.key else ("v2", "v3")
+    if not account.base_url.endswith(urlsplit(BASE_URLS[other]).path):
+        return ""
+    return f"HEDRA_BASE_URL is of the {other} API and this key of {mine}: unset it or use its key"
+
+
 def clean_key(raw: str) -> str:
     """The key without what pasting adds; raises InputError, never showing it."""
     key = raw.strip().strip("\ufeff").strip()
@@ -918,6 +926,8 @@ class Transport:
             body = text
         error = parse_error(response.status, response.headers, body, where)
         error.sent_at = sent_at
+        if response.status in (401, 403, 404) and (note := mismatch(self.account)):
+            error.args = (f"{error}; {note}",)
         raise error
 
     def text(self, response: urllib3.BaseHTTPResponse, where: str) -> str:
