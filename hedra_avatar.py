@@ -53,9 +53,11 @@ if TYPE_CHECKING:
 
 __version__ = "1.0.0"
 
+
 # -----------------------------------------------------------------------------
 # settings
 # -----------------------------------------------------------------------------
+
 
 BASE_URLS = {"v2": "https://api.hedra.com/web-app/public", "v3": "https://api.hedra.com/v3"}
 DEFAULT_PROMPT = "A person talks to the camera, natural expression, gentle movement of the head."
@@ -261,6 +263,7 @@ def open_account(api_key: str, environ: Mapping[str, str] | None = None) -> Acco
 # data: what files and replies hold; inspect_file, parse_status, parse_price, choose_model,
 #       parse_error
 # -----------------------------------------------------------------------------
+
 
 Kind = Literal["image", "audio"]
 
@@ -601,6 +604,7 @@ def parse_error(status: int, headers: Mapping[str, str], body: Any, where: str) 
 # -----------------------------------------------------------------------------
 # retry: retry, backoff_s
 # -----------------------------------------------------------------------------
+
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -1121,6 +1125,7 @@ def iter_polls(
 # web API v2: WebApi
 # -----------------------------------------------------------------------------
 
+
 UUID_SHAPE = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 
 
@@ -1287,6 +1292,7 @@ def iso_time(moment: float) -> str:
 # -----------------------------------------------------------------------------
 # jobs API v3: JobsApi, iter_events
 # -----------------------------------------------------------------------------
+
 
 STREAM_TRIES = 3
 FIRST_FRAME_S = 10.0  # a stream silent from its start is being buffered by somebody
@@ -2172,6 +2178,7 @@ def get_credit_balance(api_key: str, *, environ: Mapping[str, str] | None = None
 # pipeline: Clip, Studio, Work
 # -----------------------------------------------------------------------------
 
+
 class Clip(NamedTuple):
     """What is to be made, and where the video goes."""
 
@@ -2356,6 +2363,7 @@ class Work:
         self.new: set[str] = set()  # assets uploaded by this very work
         self.stale: set[str] = set()  # assets that Hedra no longer knows
         self.place = ""  # ready, then active, then running: see Governor
+        self.faults, self.refusals = 0, 0  # of the submit
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -2471,7 +2479,6 @@ class Work:
         open what happened, look before another."""
         self.price, balance = quote.price(), quote.balance()  # rule 2, before any upload
         self.studio.afford(self.price, balance)
-        faults = 0
         self.governor.begin()
         while True:
             self.place = "ready"
@@ -2485,25 +2492,26 @@ class Work:
                     return job
                 self.governor.give(running=False)
                 self.place = "ready"
-                faults += not isinstance(error, RateLimited)
-                self.endure(error, faults)
+                self.endure(error)
 
-    def endure(self, error: ApiError, faults: int) -> None:
+    def endure(self, error: ApiError) -> None:
         """After a submit that Hedra has nothing of: wait and return if it may be sent again."""
         if isinstance(error, RateLimited):
-            if self.governor.running and "rate" not in error.words.lower():
+            self.refusals += 1
+            if self.governor.running and not re.search(r"\brate\b", error.words.lower()):
                 self.governor.too_many()
             else:  # alone, and refused: it is the rate
                 self.governor.too_fast(error)
             again = time.monotonic() - self.started < self.studio.timeout_s
         else:
-            again = (error.retryable or error.ambiguous) and faults < SUBMIT_TRIES
+            self.faults += 1
+            again = (error.retryable or error.ambiguous) and self.faults < SUBMIT_TRIES
         after = error.retry_after or 0.0
         if not (self.renew(error) or again) or after > MAX_RETRY_AFTER_S:
             self.give_up(error)
         self.api.http.count_retry(error)
         self.view.state(self.clip.name, "submitting again", f"after: {error.words or error}")
-        self.sleep(after or backoff_s(max(1, faults), 0.5, cap=15.0))
+        self.sleep(after or backoff_s(self.faults + self.refusals, 0.5, cap=8.0))
 
     def give_up(self, error: ApiError) -> NoReturn:
         """Raise an error of the submit, saying where the money is."""
@@ -2614,6 +2622,10 @@ class Work:
         except GenerationFailed as error:
             self.record.save(state="refused", reason=str(error), transient=error.transient)
             raise
+        except ApiError as error:
+            if error.status == 404:
+                error.args = (f"{error}; Hedra no longer has it: --force pays for a new take",)
+            raise
         finally:
             self.leave_place()
         self.view.state(self.clip.name, "downloading", printable(target))
@@ -2661,6 +2673,7 @@ def check_target(target: Path) -> None:
 # -----------------------------------------------------------------------------
 # batch: find_clips, survey, Crew, run_batch
 # -----------------------------------------------------------------------------
+
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -2996,6 +3009,7 @@ def complain(text: str) -> None:
 # -----------------------------------------------------------------------------
 # watch: Watcher, notify_systemd
 # -----------------------------------------------------------------------------
+
 
 STILL_S = 1.0  # without a change: a file whose writer sent no close event is whole
 STUCK_S = 10.0  # without a change: a file that is not whole is worth a line
