@@ -1872,14 +1872,15 @@ def download(api: Api, generation_id: str, url: str, target: Path, wait: Wait, v
     with locked(hidden, http.sleep) as descriptor, contextlib.ExitStack() as stack:
         stack.callback(view.finish, name, "download")
         part, failures = Part(hidden, descriptor, generation_id), 0
+        furthest = part.size
         while True:
-            before = part.size
             try:
                 url = url or fresh_address(api, generation_id, wait.interval_s)
                 fetch_into(http, url, part, count)
                 return part.become(target)
             except ApiError as error:
-                failures = 1 if part.size > before else failures + 1
+                failures = 1 if part.size > furthest else failures + 1
+                furthest = max(furthest, part.size)
                 if failures >= TRIES or not error.retryable:
                     raise
                 http.count_retry(error)

@@ -2225,14 +2225,18 @@ def test_a_full_disk_keeps_the_part_and_the_rerun_needs_no_byte_more(
     assert statuses(world, "download") == [200, 416]
 
 
-def test_an_address_that_expired_is_replaced_by_a_fresh_one(world: World) -> None:
+def test_an_address_that_expires_in_the_middle_is_replaced_by_a_fresh_one(
+    world: World, clock: Any
+) -> None:
+    def expire(number: int) -> None:
+        if len(ranges(world)) == 1:
+            clock.tick(2 * world.box.url_seconds)
+
+    world.after.append(expire)
     world.fail("download", "cut")
-    world.fail("download", "expired")
-    assert world.run() == 0
+    assert world.run("--timeout", "99999") == 0
     world.check_paid()
     assert statuses(world, "download") == [200, 403, 206]
-    urls = [s for s in world.sent if s.port == "files"]
-    assert len(urls) == 3
 
 
 def test_an_expired_address_of_the_last_run_is_not_used_by_the_next(
@@ -2332,6 +2336,23 @@ def test_a_video_without_an_etag_is_never_spliced_of_two(
     expect_polls(server, *[{"status": "complete", "url": server.url_for("/v.mp4")}] * 3)
     assert hedra.wait_and_download("g", tmp_path, KEY, environ=environ).read_bytes() == new
     server.oneshot_handlers.clear()
+
+
+def test_a_server_that_gives_less_than_was_asked_for_is_asked_for_the_rest(
+    clock: Any, server: HTTPServer, environ: dict[str, str], tmp_path: Path
+) -> None:
+    def piece(request: Request) -> Response:
+        start = int(request.headers.get("Range", "bytes=0-")[6:-1])
+        headers = {"ETag": '"1"', "Content-Length": str(len(MP4))}
+        if not start:
+            return Response(cut([MP4], 3000), headers=headers)
+        body = MP4[start : start + 2000]
+        headers["Content-Range"] = f"bytes {start}-{start + len(body) - 1}/{len(MP4)}"
+        return Response(body, 206, headers={**headers, "Content-Length": str(len(body))})
+
+    expect_polls(server, {"status": "complete", "url": server.url_for("/v.mp4")})
+    server.expect_request("/v.mp4").respond_with_handler(piece)
+    assert hedra.wait_and_download("g", tmp_path, KEY, environ=environ).read_bytes() == MP4
 
 
 def test_a_video_may_arrive_in_the_smallest_pieces(
@@ -2861,7 +2882,12 @@ def test_ctrl_c_exits_130_quickly_and_loses_nothing(live: World) -> None:
             waiting.set()
 
     live.after.append(look)
-    process = spawn(live, "--poll-interval", "0.2")
+    # A shell starts what is in its background deaf to Ctrl-C, and that would be inherited.
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = spawn(live, "--poll-interval", "0.2")
+    finally:
+        signal.signal(signal.SIGINT, heard)
     assert waiting.wait(20)
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
