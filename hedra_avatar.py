@@ -3069,6 +3069,8 @@ class Watcher:
         try:
             parts = [audio, *beside(audio, (*IMAGE_SUFFIXES, ".txt"), names)]
             sign = " ".join(signature(part) for part in parts)
+            # The portrait beside it may have come a moment ago, and not yet in full.
+            closed &= all(time.time() - part.stat().st_mtime > STILL_S for part in parts[1:])
         except OSError:  # gone, or being replaced: there will be another event
             return
         if self.seen.get(name) == sign or name in self.busy:
@@ -3117,9 +3119,8 @@ class Watcher:
             self.view.say(f"{clip.name}: {error}")
             self.crew.add(clip)
             return
-        passing = isinstance(error, OutOfCredits | OSError) or getattr(error, "retryable", False)
         with self.lock:
-            if passing:
+            if error and passes(error):
                 self.hold(clip, result.error)
                 return
             self.busy.pop(clip.audio.name, None)
@@ -3190,6 +3191,13 @@ class Watcher:
                 return inode
         self.view.say(f"{self.folder} is not there; waiting for it")
         return 0
+
+
+def passes(error: Exception) -> bool:
+    """Whether a clip may be made later as it is: Hedra, the funds or the disk were not there."""
+    disk = isinstance(error.__cause__, OSError) and not isinstance(error, InputError)
+    passing = isinstance(error, OutOfCredits | OSError) or getattr(error, "retryable", False)
+    return disk or bool(passing)
 
 
 def notify_systemd(message: str) -> None:
