@@ -6,7 +6,7 @@ MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := all
-.PHONY: all odd-names help run watch credits demo sandbox ffmpeg install lint test clean
+.PHONY: all odd-names help run watch credits demo sandbox ffmpeg bench install lint test clean
 
 #: IN=batch       folder of the recordings
 #: OUT=output     folder of the videos
@@ -29,8 +29,8 @@ endif
 # The others never start pip, which is nothing for a cron job, but say what to install.
 ifndef PYTHON
 PYTHON := $(or $(wildcard .venv/bin/python),python3)
-demo sandbox lint test ffmpeg: PYTHON := .venv/bin/python
-install demo sandbox lint test ffmpeg: .venv/.ready
+demo sandbox bench lint test ffmpeg: PYTHON := .venv/bin/python
+install demo sandbox bench lint test ffmpeg: .venv/.ready
 demo sandbox: ffmpeg
 else
 install: ; $(PYTHON) -m pip install -r requirements.txt
@@ -84,6 +84,11 @@ sandbox: ## Hedra on this machine, for trying things out: no key, no credits
 ffmpeg:
 	@command -v ffmpeg >/dev/null || $(PYTHON) -c 'import imageio_ffmpeg' 2>/dev/null || \
 	  $(PYTHON) -m pip install -q imageio-ffmpeg
+
+bench: ## what the program costs beside its floors, in three minutes, without a key
+	@$(PYTHON) -c 'import requests' 2>/dev/null || $(PYTHON) -m pip install -q requests || \
+	  echo 'without requests one row of the table stays empty' >&2
+	$(PYTHON) sandbox.py bench $(ARGS)
 
 install: ## the packages, in .venv (with PYTHON=... in that Python)
 .venv/bin/python:

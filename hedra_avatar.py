@@ -75,6 +75,7 @@ MAX_RETRY_AFTER_S = 300.0  # a server that asks for more is not waited for
 MODEL_AGE_S = 86_400.0  # then the catalogue is asked again, for the price
 AHEAD = 2  # clips that upload while all places for generations are taken
 BLOCK_BYTES = 1 << 20
+LONG_HASH_BYTES = 16 << 20  # a file of this size takes as long to hash as a request
 
 
 # -----------------------------------------------------------------------------
@@ -158,7 +159,7 @@ def explain(error: BaseException) -> str:
         return str(error)
     if isinstance(error, OSError):
         name = f"{printable(error.filename)}: " if error.filename else ""
-        return f"{name}{error.strerror or error}; what was paid for is in the ledger: run it again"
+        return f"{name}{error.strerror or error}; nothing that was paid for is lost"
     return f"{type(error).__name__}: {error} (a bug in hedra_avatar; -v shows where)"
 
 
@@ -233,11 +234,15 @@ def clean_url(raw: str) -> str:
     """A web address without its last slash; raises InputError for plain http, except to this very
     machine, as it would carry key and video over the network in clear text."""
     url = raw.strip().rstrip("/")
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+    try:
+        parts = urlsplit(url)
+        wrong = parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
+    except ValueError:  # the port is no port
+        wrong = True
+    if wrong or "@" in parts.netloc:
         raise InputError(f"not a web address: {printable(url)!r} (is HEDRA_BASE_URL right?)")
     if parts.scheme == "http" and not re.fullmatch(
-        r"localhost|::1|127(\.\d{1,3}){3}", parts.hostname
+        r"localhost|::1|127(\.\d{1,3}){3}", parts.hostname or ""
     ):
         raise InputError(f"refused: http://{parts.netloc} is not encrypted; use https://")
     return url
@@ -256,6 +261,8 @@ def open_account(api_key: str, environ: Mapping[str, str] | None = None) -> Acco
     if not 0 < silence_s < math.inf:
         raise InputError(f"HEDRA_HTTP_TIMEOUT is {printable(silence)!r}: give seconds, as in 60")
     workspace = environ.get("HEDRA_WORKSPACE_ID") or ""
+    if "?" in url or "#" in url:
+        raise InputError("HEDRA_BASE_URL takes no ? and no #: it is the start of every address")
     return Account(key, clean_url(url), workspace, Path(cache or ".cache"), silence_s)
 
 
@@ -367,7 +374,7 @@ def amount(value: float, unit: str) -> str:
     """An amount of money to read: `12 credits`, `$1.20`."""
     if unit == "USD":
         return f"${value:.2f}"
-    return f"{value:g} {unit}" if value != 1 else f"1 {unit.removesuffix('s')}"
+    return f"{value:.10g} {unit}" if value != 1 else f"1 {unit.removesuffix('s')}"
 
 
 def sniff(head: bytes, kind: str) -> str:
@@ -389,13 +396,14 @@ def wav_seconds(file: Path, size: int) -> float:
             if name == b"data":
                 promised, there = length, size - stream.tell()
                 break
-            body = stream.read(16) if name == b"fmt " else b""
+            body = stream.read(min(16, length)) if name == b"fmt " else b""
             rate = int.from_bytes(body[8:12], "little") if body else rate
             stream.seek(length + length % 2 - len(body), os.SEEK_CUR)
     if len(header) < 8 or not promised or promised > there:
         raise Unfinished(
             f"{printable(file)} is cut short or still being written: its header promises "
             f"{promised:,} bytes of sound and {there:,} are there; export or copy it again"
+            + (" (to a file, not to a pipe)" if promised > 0xFFFF_0000 else "")
         )
     if not rate:
         raise InputError(f"{printable(file)} is a damaged WAV: its header has no byte rate")
@@ -433,7 +441,7 @@ def field(data: Any, name: str, where: str, kind: type | tuple[type, ...] = obje
     value = data.get(name) if isinstance(data, dict) else None
     if value in (None, "") or not isinstance(value, kind):
         text = f"Hedra's answer to {where} has no {name!r}: its API may have changed"
-        raise ApiError(text, ambiguous=True)
+        raise ApiError(text, ambiguous=True, retryable=True)
     return value
 
 
@@ -711,12 +719,17 @@ def write_durably(path: Path, text: str, *, sync: bool = True) -> None:
     """Replace a small file in one step: whoever reads it sees the old text or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    with draft.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        if sync:
-            os.fsync(stream.fileno())
-    os.replace(draft, path)
+    try:
+        # In JSON a backslash escape stands for the bytes of a file name that are no UTF-8.
+        with draft.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+            stream.write(text)
+            stream.flush()
+            if sync:
+                os.fsync(stream.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
     if sync:
         sync_folder(path.parent)
 
@@ -742,6 +755,8 @@ class Governor:
         self.refusals, self.accepted_at = 0, [-math.inf] * 32
         self.limit, self.refused, self.stopped = 4.0, False, False
         self.ready, self.active, self.running = 0, 0, 0  # to be submitted, with a place, accepted
+        self.told = -math.inf
+        self.notice: Callable[[str], object] = lambda text: None  # of long waits
 
     def pace(self, sleep: Sleep) -> float:
         """Wait until a request may go out; the moment at which it does."""
@@ -749,6 +764,9 @@ class Governor:
             now = time.monotonic()
             at = max(now, self.next_at)
             self.next_at = at + self.gap_s
+            if at - now > 5 and now > self.told:
+                self.notice(f"waiting {at - now:.0f} s, as Hedra asks for it")
+                self.told = at
         if at > now:
             sleep(at - now)
         return at
@@ -1076,10 +1094,17 @@ class Wait(NamedTuple):
     eta_s: float | None = None
 
 
-def early_s(interval: float, due: float) -> float:
-    """Seconds to the next poll: far from the expected end a look tells little, so fewer then, and
-    the interval near it."""
-    return min(4 * interval, max(interval, (due - time.monotonic()) / 2))
+def poll_wait_s(interval: float, elapsed: float, polls: int, left: float | None) -> float:
+    """Seconds to the next poll, `left` before the expected end (None: nobody knows it).
+
+    Never more polls than one each interval would have made by then: what is saved early, when a
+    look tells little, is spent after the expected end, where it matters.
+    """
+    if left is None:
+        return interval if polls else 0.0
+    if left > interval:
+        return min(2 * interval, left / 2)
+    return max(left, 0.0 if not polls else interval / 4, polls * interval - elapsed)
 
 
 def iter_polls(
@@ -1090,12 +1115,16 @@ def iter_polls(
     Polls that fail are only failed polls: the generation is paid for and goes on. A 404 within
     GRACE_S means that Hedra has not caught up with its own submit yet.
     """
-    started, failures, due = time.monotonic(), 0, time.monotonic() + (wait.eta_s or 0)
-    interval = http.governor.poll_interval(wait.interval_s, gap_s)
-    if (wait.eta_s or 0) > interval:
-        http.sleep(early_s(interval, due))
+    started, failures, polls, pause = time.monotonic(), 0, 0, 0.0
+    due = None if wait.eta_s is None else started + wait.eta_s
     while True:
-        interval = http.governor.poll_interval(wait.interval_s, gap_s)
+        now, interval = time.monotonic(), http.governor.poll_interval(wait.interval_s, gap_s)
+        left = None if due is None else due - now
+        pause = max(pause, poll_wait_s(interval, now - started, polls, left))
+        if polls and now >= wait.deadline:
+            raise StillRunning("the time given for it has passed")
+        http.sleep(max(0.0, min(pause, wait.deadline - now)))
+        polls, pause = polls + 1, 0.0
         try:
             status = look()
         except ApiError as error:
@@ -1107,18 +1136,13 @@ def iter_polls(
             else:
                 raise
             http.count_retry(error)
-            interval = max(interval, backoff_s(failures, 0.5, cap=10.0))
-        else:
-            yield status
-            if status.state in ENDED:
-                return
-            failures = 0
-            due = due if status.eta_s is None else time.monotonic() + status.eta_s
-            interval = early_s(interval, due)
-        left = wait.deadline - time.monotonic()
-        if left <= 0:
-            raise StillRunning("the time given for it has passed")
-        http.sleep(min(interval, left))
+            pause = backoff_s(failures, 0.5, cap=10.0)
+            continue
+        yield status
+        if status.state in ENDED:
+            return
+        failures = 0
+        due = due if status.eta_s is None else time.monotonic() + status.eta_s
 
 
 # -----------------------------------------------------------------------------
@@ -1440,7 +1464,7 @@ class JobsApi:
                         last_id, pause_s = event.id or last_id, event.retry_s or pause_s
                         if event.name == "status":
                             vain = 0
-                            yield parse_status(parse_event(event), "its stream")
+                            yield parse_event(event)
             except ApiError as error:
                 if isinstance(error, RateLimited):
                     self.http.governor.too_fast(error)
@@ -1461,11 +1485,14 @@ class JobsApi:
         with given_back(response):
             if "text/event-stream" not in response.headers.get("Content-Type", ""):
                 raise ApiError("the stream is none", code="BUFFERED", retryable=True)
-            for event in iter_events(self.iter_blocks(response, f"GET {path}")):
+            events = iter_events(self.iter_blocks(response, f"GET {path}"))
+            for event in events:
                 if time.monotonic() > wait.deadline:
                     raise StillRunning("the time given for it has passed")
                 if event.name == "done":
                     return
+                if event.name == "status" and is_last(event):
+                    drain(response, events)
                 yield event
 
     def iter_blocks(self, response: urllib3.BaseHTTPResponse, where: str) -> Iterator[bytes]:
@@ -1478,10 +1505,8 @@ class JobsApi:
             while block := response.read1(BLOCK_BYTES, decode_content=False):
                 self.http.tally["bytes_down"] += len(block)
                 yield block
-                connection = getattr(response, "connection", None)
-                if not patient and connection is not None and connection.sock is not None:
-                    connection.sock.settimeout(self.http.account.silence_s)
-                    patient = True
+                if not patient:
+                    patient = be_silent_for(response, self.http.account.silence_s)
         except urllib3.exceptions.HTTPError as error:
             broken = lost(error, where, FIRST_FRAME_S)
             broken.code = "" if patient else "BUFFERED"
@@ -1539,12 +1564,34 @@ def interpolate(known: Mapping[float, float], x: float) -> float | None:
     return round(known[low] + share * (known[high] - known[low]), 4)
 
 
-def parse_event(event: Event) -> Any:
-    """The JSON of a status frame."""
+def be_silent_for(response: urllib3.BaseHTTPResponse, seconds: float) -> bool:
+    """Let the rest of a body come with pauses of so many seconds; whether that could be set."""
+    socket = getattr(getattr(response, "connection", None), "sock", None)
+    if socket is not None:
+        socket.settimeout(seconds)
+    return socket is not None
+
+
+def drain(response: urllib3.BaseHTTPResponse, events: Iterator[Event]) -> None:
+    """Read what comes after the last status, for the next request to have the connection; not
+    for long, as nothing depends on it."""
+    if be_silent_for(response, 1.0):
+        with contextlib.suppress(ApiError):
+            for _ in zip(range(8), events, strict=False):
+                continue
+
+
+def parse_event(event: Event) -> Status:
+    """What a status frame says."""
     try:
-        return json.loads(event.data)
+        return parse_status(json.loads(event.data), "its stream")
     except ValueError:
         raise ApiError("a frame of the stream is no JSON", retryable=True) from None
+
+
+def is_last(event: Event) -> bool:
+    """Whether a status frame is of a job that has ended."""
+    return parse_event(event).state in ENDED
 
 
 Api = WebApi | JobsApi
@@ -1560,12 +1607,23 @@ def api_for(http: Transport) -> Api:
 # -----------------------------------------------------------------------------
 
 
+def written(stream: Any, text: str) -> bool:
+    """Write a line in one piece, as others write, too; whether that worked. A pipe or a disk that
+    takes no more words must not stop a clip."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: it is closed
+        stream.write(f"{text}\n")
+        stream.flush()
+        return True
+    return False
+
+
 class View:
     """Where progress goes; this one shows nothing but results. `what` is a piece of a clip's
     work: its portrait, recording, generation or download."""
 
     verbose = 0
     mute = False  # while an outage has been told of
+    deaf = False  # a result could not be written
 
     def say(self, text: str) -> None:
         """A line that belongs to no clip's progress."""
@@ -1593,8 +1651,7 @@ class View:
 
     def result(self, text: str) -> None:
         """A result, on standard output."""
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
+        self.deaf |= not written(sys.stdout, text)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -1609,9 +1666,7 @@ class Lines(View):
     def say(self, text: str) -> None:
         with self.lock:
             if not self.mute:
-                stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-                sys.stderr.write(f"{stamp} {printable(text)}\n")  # one write: others write, too
-                sys.stderr.flush()
+                written(sys.stderr, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(text)}")
 
     def state(self, clip: str, state: str, detail: str = "") -> None:
         with self.lock:
@@ -1621,7 +1676,8 @@ class Lines(View):
             self.say(f"{clip}: {state}" + (f" ({detail})" if detail else ""))
 
     def progress(self, clip: str, state: str, fraction: float | None) -> None:
-        self.state(clip, state)
+        if state != FAILED:  # that line comes with the reason
+            self.state(clip, state)
 
     def done(self, clip: str, failed: bool, spent: str) -> None:
         with self.lock:
@@ -1686,9 +1742,8 @@ class Bars(View):
                 self.overall.update()
 
     def result(self, text: str) -> None:
-        with self.lock:
-            self.tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+        with self.lock, self.tqdm.external_write_mode(file=sys.stdout):
+            super().result(text)
 
     def close(self) -> None:
         with self.lock:
@@ -1700,7 +1755,10 @@ def open_view(quiet: bool = False, verbose: int = 0) -> View:
     """Bars on a terminal, lines in a log, nothing where nothing is wanted."""
     if quiet:
         return View()
-    return Bars(verbose) if sys.stderr.isatty() else Lines(verbose)
+    columns = 80
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    return Bars(verbose) if sys.stderr and sys.stderr.isatty() and columns else Lines(verbose)
 
 
 # -----------------------------------------------------------------------------
@@ -1831,7 +1889,7 @@ def fetch_into(http: Transport, url: str, part: Part, count: Callable[[int, int]
                 begun = begun or check_head(part)
         except urllib3.exceptions.HTTPError as error:
             raise lost(error, "the download", http.account.silence_s) from None
-        if not begun or part.size < (total or 0):
+        if not begun or part.size < (total or 0) or (total is None and is_cut(part)):
             raise ApiError(f"the video was cut at {part.size:,} bytes", retryable=True)
         if total is not None and part.size > total:
             part.restart("")
@@ -1847,6 +1905,21 @@ def check_head(part: Part) -> bool:
         part.restart("")
         raise ApiError("what came from the video's address is no MP4", retryable=True)
     return len(head) == HEAD_BYTES
+
+
+def is_cut(part: Part) -> bool:
+    """Whether a video that came without its length ends within one of its boxes."""
+    at, size = 0, part.size
+    while at < size:
+        part.file.seek(at)
+        head = part.file.read(16)
+        length = int.from_bytes(head[:4], "big")
+        if not re.fullmatch(rb"ftyp|moov|mdat|free|skip|wide|moof|mfra|sidx|uuid", head[4:8]):
+            return len(head) < 8  # nothing that could be told by its boxes
+        if length == 0:  # the box goes on to the end of the file, wherever that is
+            return False
+        at += int.from_bytes(head[8:], "big") if length == 1 else max(length, 8)
+    return at > size
 
 
 def write_all(part: Part, block: bytes) -> None:
@@ -1901,10 +1974,10 @@ class Record(dict[str, Any]):
         super().__init__(values or {})
         self.path = path
 
-    def save(self, **changes: Any) -> None:
-        """Change some values, on disk and synced before this returns."""
+    def save(self, *, sync: bool = False, **changes: Any) -> None:
+        """Change some values, for every process to see; with `sync` a power cut spares them."""
         self.update(changes)
-        write_durably(self.path, json.dumps(self, indent=1, ensure_ascii=False) + "\n")
+        write_durably(self.path, json.dumps(self, indent=1, ensure_ascii=False) + "\n", sync=sync)
 
 
 class Ledger:
@@ -1932,7 +2005,7 @@ class Ledger:
             aside = path.with_name(f"{key}.damaged-{time.time_ns()}")
             self.view.say(f"warning: {path} is damaged, set aside as {aside.name}; Hedra is asked")
             os.replace(path, aside)
-            record.save()
+            record.save(sync=True)
         return record
 
     @contextlib.contextmanager
@@ -2155,7 +2228,7 @@ def wait_and_download(
     ApiError."""
     api = connect(api_key, environ)
     target = Path(out_dir) / ((name or re.sub(r"[^\w.-]", "_", generation_id)) + ".mp4")
-    view = view or open_view(quiet=not sys.stderr.isatty())
+    view = view or open_view(quiet=not (sys.stderr and sys.stderr.isatty()))
     wait = Wait(poll_interval, time.monotonic() + timeout)
     try:
         status = await_end(api, generation_id, wait, view, target.stem)
@@ -2247,6 +2320,7 @@ class Studio:
         self.view, self.asked, self.timeout_s, self.interval_s = view, model, timeout_s, interval_s
         self.api = api_for(Transport(account, connections=connections, sleep=sleep))
         self.http, self.account = self.api.http, account
+        self.http.governor.notice = view.say
         self.ledger = Ledger(account.cache, self.http.sleep, view)
         self.digests = Digests(account.cache / "digests")
         self.warned: set[str] = set()
@@ -2381,8 +2455,8 @@ class Work:
         if known and not force and self.studio.finished(known[1], self.clip):
             return self.result("done", known[1])
         self.check()
-        if force or not (known and known[1].get("generation_id")):
-            quote = quote or self.ask()
+        if not known and self.clip.audio.stat().st_size > LONG_HASH_BYTES:
+            quote = quote or self.ask()  # while the files are hashed, where that takes a while
         key = self.identify()
         with self.studio.ledger.own("clips", key, self.wait_for_owner) as self.record:
             if self.studio.finished(self.record, self.clip) and not force:
@@ -2390,7 +2464,8 @@ class Work:
             self.choose_take(force)
             try:
                 if not self.record.get("generation_id"):
-                    self.accept(self.lookup() or self.submit(quote or self.ask()))
+                    quote = quote or self.ask()
+                    self.accept(self.lookup() or self.submit(quote))
                 self.collect()
             finally:
                 self.leave_place()
@@ -2400,7 +2475,7 @@ class Work:
         """Rule 1: nothing is sent for a clip that cannot work."""
         inspect_file(self.clip.image, "image")
         self.media = inspect_file(self.clip.audio, "audio")
-        check_target(self.clip.target)
+        check_target(self.clip.target, (self.clip.image, self.clip.audio))
 
     def ask(self) -> Quote:
         """Price and balance, asked for while the files are hashed."""
@@ -2480,6 +2555,8 @@ class Work:
         open what happened, look before another."""
         self.price, balance = quote.price(), quote.balance()  # rule 2, before any upload
         self.studio.afford(self.price, balance)
+        if self.price is None:
+            self.view.say(f"warning: {self.clip.name}: no price is known of {self.model.id}")
         self.governor.begin()
         while True:
             self.place = "ready"
@@ -2546,10 +2623,11 @@ class Work:
             recording = Later(self.recording)
             try:
                 image = self.portrait()
-            finally:
+            except Exception:  # Ctrl-C does not wait
                 recording.thread.join()
+                raise
             audio = recording.get()
-        self.record.save(**{
+        self.record.save(sync=True, **{
             **self.about(), "state": "intent", "reserved": self.reserved, "image": image,
             "audio": audio, "submitted_at": time.time(),
         })
@@ -2593,7 +2671,7 @@ class Work:
 
     def accept(self, job: Job) -> None:
         """Hedra has the generation: from here on it is paid for, and must not be forgotten."""
-        self.record.save(state="submitted", generation_id=job.id, price=self.price)
+        self.record.save(sync=True, state="submitted", generation_id=job.id, price=self.price)
         self.job = job
         if self.place == "active":  # else it was found, not submitted
             self.place = "running"
@@ -2656,18 +2734,20 @@ class Work:
         )
 
 
-def check_target(target: Path) -> None:
-    """Raise InputError where the video could not be written; makes its folder."""
+def check_target(target: Path, inputs: Sequence[Path]) -> None:
+    """Raise InputError where the video could not, or must not, be written; makes its folder."""
     try:
         if target.is_dir():
             raise InputError(f"{printable(target)} is a folder: --out takes the video's file name")
+        if target.exists() and any(target.samefile(file) for file in inputs):
+            raise InputError(f"{printable(target)} is an input: the video needs a name of its own")
         target.parent.mkdir(parents=True, exist_ok=True)
         probe = target.with_name(f".{target.name}.part.json.{os.getpid()}")
         probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(
-            f"{printable(target)} cannot be written: {error.strerror}; choose another --out"
+            f"{printable(target)} cannot be written: {error.strerror}; choose another place for it"
         ) from error
 
 
@@ -2748,16 +2828,21 @@ def clip_of(
     prompts = [read_prompt(file) for file in beside(audio, (".txt",), names)]
     prompts = [wishes.prompt, *prompts] if flags_win else [*prompts, wishes.prompt]
     prompt = next((text for text in prompts if text.strip()), DEFAULT_PROMPT)
+    if re.search("[\ud800-\udfff]", prompt):
+        raise InputError(f"the prompt of {printable(audio)} is not UTF-8 text")
     return Clip(audio.stem, audio, images[0], prompt.strip(), target, *wishes[-2:])
 
 
 def find_clips(folder: Path, out_dir: Path, wishes: Wishes) -> tuple[list[Clip], list[Result]]:
     """The clips of a folder, one a wav, and those that have no portrait or no readable prompt."""
     clips, bad, names = [], [], folder_names(folder)
+    taken: dict[str, str] = {}
     for name in wav_names(names):
         audio = folder / name
         try:
             target = out_dir / f"{audio.stem}.mp4"
+            if (other := taken.setdefault(audio.stem, name)) != name:
+                raise InputError(f"{name} would be the same video as {other}: rename one of them")
             clips.append(clip_of(audio, target, wishes, names, flags_win=False))
         except InputError as error:
             bad.append(Result(audio.stem, "failed", error=str(error)))
@@ -2833,6 +2918,20 @@ def table(rows: Sequence[Row], balance: Balance | None, unit: str) -> str:
     return "\n".join(lines)
 
 
+def table_json(rows: Sequence[Row], balance: Balance | None, unit: str) -> str:
+    """The answer to --dry-run --json: an object a clip."""
+    return "\n".join(
+        json.dumps({
+            "name": row.clip.name, "state": row.state, "seconds": row.media.seconds,
+            "credits": row.price, "unit": unit, "error": row.error or None,
+            "balance": balance and balance.remaining,
+        }) for row in rows
+    )
+
+
+Show = Callable[[Sequence[Row], "Balance | None", str], str]
+
+
 def total_price(rows: Sequence[Row]) -> float:
     """What the new ones among the rows cost, as far as prices are known."""
     return round(sum(row.price or 0 for row in rows if row.state == "new"), 6)
@@ -2897,10 +2996,12 @@ class Crew:
         """In a thread."""
         while item := self.queue.get():
             clip, force, quote = item
-            self.report(clip, *attempt(self.studio, clip, force=force, quote=quote))
-            with self.idle:
-                self.waiting -= 1
-                self.idle.notify_all()
+            try:
+                self.report(clip, *attempt(self.studio, clip, force=force, quote=quote))
+            finally:  # whatever happens, `join` must not wait for this clip
+                with self.idle:
+                    self.waiting -= 1
+                    self.idle.notify_all()
 
     def join(self) -> None:
         """Wait until every clip is done."""
@@ -2944,16 +3045,17 @@ class Totals:
 
 def run_batch(
     studio: Studio, clips: Sequence[Clip], bad: Sequence[Result], emit: Callable[[Result], object],
-    *, jobs: int, max_price: float | None, force: bool, dry_run: bool = False,
+    *, jobs: int, max_price: float | None, force: bool, show: Show | None = None,
 ) -> int:
-    """Make all clips of a folder; the exit status. The whole is priced before the first upload."""
+    """Make all clips of a folder, or `show` what that would cost; the exit status. The whole is
+    priced before the first upload."""
     ask = functools.partial(studio.tolerant, studio.api.balance, "the balance")
     balance = Later(ask) if clips else None
     rows = survey(studio, clips, force=force)
     nothing = Clip("", Path(), Path(), "", Path())
     rows += [Row(nothing._replace(name=r.name), "bad", error=r.error) for r in bad]
-    if dry_run:
-        studio.view.result(table(rows, balance.get() if balance else None, studio.api.unit))
+    if show:
+        studio.view.result(show(rows, balance.get() if balance else None, studio.api.unit))
         return int(any(row.state == "bad" for row in rows))
     check_budget(studio, rows, balance, max_price)
     studio.view.expect(len(rows))
@@ -3004,7 +3106,7 @@ def summary(studio: Studio, rows: Sequence[Row], totals: Totals) -> int:
 
 def complain(text: str) -> None:
     """What a person must read, on stderr, however quiet it is there."""
-    sys.stderr.write(f"hedra_avatar: {printable(text)}\n")
+    written(sys.stderr, f"hedra_avatar: {printable(text)}")
 
 
 # -----------------------------------------------------------------------------
@@ -3054,10 +3156,10 @@ class Watcher:
 
     def look_round(self, everything: bool) -> None:
         """Consider what has been touched, what is being waited for, or the whole folder."""
-        names = folder_names(self.folder)
-        with self.lock:
+        with self.lock:  # before the folder is listed: what comes meanwhile is for the next turn
             touched, self.touched = self.touched, set()
             closed, self.closed = self.closed, set()
+        names = folder_names(self.folder)
         stems = {Path(name).stem.lower() for name in (*touched, *self.still)}
         for name in wav_names(names):
             if everything or Path(name).stem.lower() in stems:
@@ -3069,8 +3171,7 @@ class Watcher:
         try:
             parts = [audio, *beside(audio, (*IMAGE_SUFFIXES, ".txt"), names)]
             sign = " ".join(signature(part) for part in parts)
-            # The portrait beside it may have come a moment ago, and not yet in full.
-            closed &= all(time.time() - part.stat().st_mtime > STILL_S for part in parts[1:])
+            times = [part.stat().st_mtime for part in parts]
         except OSError:  # gone, or being replaced: there will be another event
             return
         if self.seen.get(name) == sign or name in self.busy:
@@ -3078,7 +3179,9 @@ class Watcher:
         since = self.still.get(name, ("", 0.0))
         if since[0] != sign:
             since = self.still[name] = (sign, time.monotonic())
-        quiet_s = time.monotonic() - since[1]
+        quiet_s = max(time.monotonic() - since[1], min(time.time() - max(times), STILL_S))
+        # The portrait beside it may have come a moment ago, and not yet in full.
+        closed = closed and all(time.time() - moment > STILL_S for moment in times[1:])
         if not closed and quiet_s < STILL_S:
             return
         try:
@@ -3240,21 +3343,17 @@ def money(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not an amount of credits or dollars")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Every command, flag and default."""
-    parser = argparse.ArgumentParser(
-        prog="hedra_avatar",
-        description="Turn a portrait and a voice recording into a talking-avatar video with Hedra.",
-        epilog="Exit status: 0 done, 1 something failed, 2 wrong usage, 130 Ctrl-C. "
-        "A clip is paid for once: run a command again and it takes up where the last one stopped.",
-    )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    every, clips, many = (argparse.ArgumentParser(add_help=False) for _ in range(3))
-    every.add_argument("--json", action="store_true", help="one JSON object a result")
-    every.add_argument("-q", "--quiet", action="store_true", help="errors only on stderr")
-    every.add_argument("-v", "--verbose", action="count", default=0, help="say more (-vv: effort)")
-    add = clips.add_argument
+def add_every_flag(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command."""
+    add = parser.add_argument
+    add("--json", action="store_true", help="one JSON object a result")
+    add("-q", "--quiet", action="store_true", help="errors only on stderr")
+    add("-v", "--verbose", action="count", default=0, help="say more (-vv: effort)")
+
+
+def add_clip_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that makes clips."""
+    add = parser.add_argument
     add("--img", metavar="FILE", default="", help="the portrait (else beside the wav, FRIEND_IMG)")
     add("--prompt", metavar="TEXT", default="", help="what the person does")
     add("--resolution", choices=RESOLUTIONS, default="540p", help="default %(default)s")
@@ -3265,22 +3364,61 @@ def build_parser() -> argparse.ArgumentParser:
     add("--poll-interval", metavar="SECONDS", type=positive, default=5.0, help="%(default)g")
     add("--force", action="store_true", help="a new take, always paid for")
     add("--out-dir", metavar="DIR", default="output", help="default %(default)s")
-    many.add_argument("--jobs", metavar="N", type=count, default=4, help="at once (%(default)s)")
-    run = commands.add_parser("run", parents=[clips, every], help="make one clip")
-    run.add_argument("--wav", metavar="FILE", required=True, help="the recording")
-    run.add_argument("--out", metavar="FILE", default="", help="the video (default: output/x.mp4)")
-    run.add_argument("--dry-run", action="store_true", help="price against balance, and stop")
-    batch = commands.add_parser("batch", parents=[clips, many, every], help="make a folder")
-    batch.add_argument("folder", metavar="DIR", nargs="?", default="batch", help="%(default)s")
-    batch.add_argument("--max-credits", metavar="N", type=money, help="spend no more (v3: dollars)")
-    batch.add_argument("--dry-run", action="store_true", help="print the price list, and stop")
-    watch = commands.add_parser("watch", parents=[clips, many, every], help="watch a drop folder")
-    watch.add_argument("folder", metavar="DIR", nargs="?", default="incoming", help="%(default)s")
-    watch.add_argument("--once", action="store_true", help="do what is there, and exit")
-    watch.add_argument("--polling", action="store_true", help="look instead of listening (network)")
-    credit = commands.add_parser("credits", parents=[every], help="what the account can spend")
-    credit.add_argument("--min", metavar="N", type=money, default=0.0, help="exit 1 if less")
-    credit.add_argument("--workspace", metavar="ID", default="", help="whose balance (v2)")
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of run alone."""
+    parser.add_argument("--wav", metavar="FILE", required=True, help="the recording")
+    parser.add_argument("--out", metavar="FILE", default="", help="default: output/x.mp4")
+    parser.add_argument("--dry-run", action="store_true", help="price against balance, and stop")
+
+
+def add_batch_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of batch alone."""
+    add = parser.add_argument
+    add("folder", metavar="DIR", nargs="?", default="batch", help="default %(default)s")
+    add("--jobs", metavar="N", type=count, default=4, help="clips at once (%(default)s)")
+    add("--max-credits", metavar="N", type=money, help="spend no more (v3: dollars)")
+    add("--dry-run", action="store_true", help="print the price list, and stop")
+
+
+def add_watch_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of watch alone."""
+    add = parser.add_argument
+    add("folder", metavar="DIR", nargs="?", default="incoming", help="default %(default)s")
+    add("--jobs", metavar="N", type=count, default=4, help="clips at once (%(default)s)")
+    add("--once", action="store_true", help="do what is there, and exit")
+    add("--polling", action="store_true", help="look instead of listening (network shares)")
+
+
+def add_credits_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of credits alone."""
+    parser.add_argument("--min", metavar="N", type=money, default=0.0, help="exit 1 if less")
+    parser.add_argument("--workspace", metavar="ID", default="", help="whose balance (v2)")
+
+
+FLAGS = {  # of each command: what it is for, and what adds its flags
+    "run": ("make one clip", (add_run_flags, add_clip_flags, add_every_flag)),
+    "batch": ("make a folder of clips", (add_batch_flags, add_clip_flags, add_every_flag)),
+    "watch": ("watch a drop folder", (add_watch_flags, add_clip_flags, add_every_flag)),
+    "credits": ("what the account can spend", (add_credits_flags, add_every_flag)),
+}
+
+
+def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """Every command; given `argv`, with flags for the one named there, which saves time."""
+    parser = argparse.ArgumentParser(
+        prog="hedra_avatar",
+        description="Turn a portrait and a voice recording into a talking-avatar video with Hedra.",
+        epilog="Exit status: 0 done, 1 something failed, 2 wrong usage, 130 Ctrl-C. "
+        "A clip is paid for once: run a command again and it takes up where the last one stopped.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (purpose, adders) in FLAGS.items():
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        for add in adders if argv is None or name in argv else ():
+            add(command)
     return parser
 
 
@@ -3288,7 +3426,10 @@ def read_environment(environ: Mapping[str, str], args: argparse.Namespace) -> di
     """Flag over environment over .env in the working directory."""
     values: dict[str, str] = {}
     if Path(".env").is_file():
-        found = need("dotenv").dotenv_values(".env", interpolate=False, encoding="utf-8-sig")
+        try:
+            found = need("dotenv").dotenv_values(".env", interpolate=False, encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f".env is no readable UTF-8 text: {error}") from error
         values = {name: value for name, value in found.items() if value is not None}
     values.update(environ)
     flags = {"model": "HEDRA_MODEL_ID", "workspace": "HEDRA_WORKSPACE_ID"}
@@ -3339,6 +3480,11 @@ def as_json(result: Result) -> dict[str, Any]:
     return {**values, "credits": price, "error": result.error or None, **effort}
 
 
+def shown(args: argparse.Namespace) -> Show | None:
+    """How --dry-run shows its rows, if it was asked for."""
+    return (table_json if args.json else table) if args.dry_run else None
+
+
 def cmd_run(args: argparse.Namespace, environ: Mapping[str, str], view: View) -> int:
     """One clip."""
     audio = Path(args.wav)
@@ -3350,7 +3496,7 @@ def cmd_run(args: argparse.Namespace, environ: Mapping[str, str], view: View) ->
     studio, emit = open_studio(args, environ, view), emitter(args, view)
     if args.dry_run:
         return run_batch(
-            studio, [clip], [], emit, jobs=1, max_price=None, force=args.force, dry_run=True
+            studio, [clip], [], emit, jobs=1, max_price=None, force=args.force, show=shown(args)
         )
     result, error = attempt(studio, clip, force=args.force)
     if error and not args.json:
@@ -3369,7 +3515,7 @@ def cmd_batch(args: argparse.Namespace, environ: Mapping[str, str], view: View) 
     studio = open_studio(args, environ, view)
     return run_batch(
         studio, clips, bad, emitter(args, view), jobs=args.jobs, max_price=args.max_credits,
-        force=args.force, dry_run=args.dry_run,
+        force=args.force, show=shown(args),
     )
 
 
@@ -3431,13 +3577,19 @@ COMMANDS = {"run": cmd_run, "batch": cmd_batch, "watch": cmd_watch, "credits": c
 
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
     """The command line; its exit status."""
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser(argv).parse_args(argv)
     view = View()
+    with contextlib.suppress(AttributeError):  # file names need not be UTF-8
+        sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     try:
         need_packages(args.command)
         environ = read_environment(os.environ if environ is None else environ, args)
         view = open_view(args.quiet, args.verbose)
-        return COMMANDS[args.command](args, environ, view)
+        status = COMMANDS[args.command](args, environ, view)
+        if view.deaf:
+            raise HedraError("standard output took no more; what was made is in its place")
+        return status
     except KeyboardInterrupt:
         view.close()
         complain("stopped; nothing that was paid for is lost: run the same command again to go on")
@@ -3465,4 +3617,10 @@ def need_packages(command: str) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    STATUS = main()
+    for STREAM in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            STREAM.flush()
+    # Threads that still wait for Hedra are no reason to wait, and may crash an interpreter that
+    # takes itself apart around them; what they do is in the ledger.
+    os._exit(STATUS)

@@ -11,6 +11,8 @@ recording, under the clock; `live` is the same in real time, for processes and t
 
 from __future__ import annotations
 
+import argparse
+import configparser
 import contextlib
 import errno
 import functools
@@ -20,14 +22,18 @@ import io
 import json
 import logging
 import os
+import plistlib
+import py_compile
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import wave
@@ -41,7 +47,7 @@ import freezegun.config
 import pytest
 import tqdm  # noqa: F401  (imported under a frozen clock it would keep it)
 import urllib3
-import watchdog.observers  # noqa: F401
+import watchdog.observers
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
@@ -80,6 +86,7 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
         if name.startswith("HEDRA_") or name in ("FRIEND_IMG", "NO_COLOR", "NOTIFY_SOCKET"):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no test cuts the power
     hedra.connected.cache_clear()
     pools: list[Any] = []
     opened = urllib3.PoolManager.__init__
@@ -2952,11 +2959,1352 @@ raise SystemExit(status)
 # -----------------------------------------------------------------------------
 
 
+def until(met: Callable[[], object], seconds: float = 4.0) -> None:
+    """Wait until a condition holds."""
+    deadline, tick = time.monotonic() + seconds, threading.Event()
+    while not met():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        tick.wait(0.01)
+
+
+def fill(world: World, *names: str, where: str = "batch") -> list[Path]:
+    """A folder of recordings, no two alike."""
+    return [write_wav(world.folder / where / f"{n}.wav", seed=hash(n)) for n in names]
+
+
+def batch(world: World, *flags: str, **environ: str) -> int:
+    """Run `batch` in this process, with a portrait for those that have none; its exit status."""
+    words = ["batch", "--img", str(world.img), *flags]
+    return hedra.main(words, environ={**world.environ, **environ})
+
+
+def outputs(world: World) -> dict[str, bytes]:
+    """The videos that are there, by name."""
+    return {file.stem: file.read_bytes() for file in (world.folder / "output").glob("*.mp4")}
+
+
+def check_all_paid(world: World, *names: str) -> None:
+    """Each of these clips paid for once, no other, and its own video there."""
+    bought = {one.sources[1].read_bytes(): one for one in world.box.paid}
+    assert len(bought) == len(world.box.paid) == len(names)
+    assert set(outputs(world)) == set(names)
+    made = [(world.box.root / f"{one.asset_id}.mp4").read_bytes() for one in world.box.paid]
+    assert sorted(outputs(world).values()) == sorted(made)
+    assert not list((world.folder / "output").glob(".*"))
+    assert world.box.leaks == []
+
+
+def costly(world: World) -> int:
+    """Requests that upload something or cost money."""
+    return sum(world.box.count(verb) for verb in ("create", "upload", "submit"))
+
+
+QUICK = ("--poll-interval", "0.05")
+ROWS = re.compile(r"(?m)^(\S+) +([\d.]*) +([\d.]*)  (\S.*)$")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".webp", ".PNG"])
+def test_in_a_batch_what_lies_beside_a_recording_wins_over_the_flags(
+    tmp_path: Path, suffix: str
+) -> None:
+    write_wav(tmp_path / "anna.wav")
+    write_wav(tmp_path / "Ben.WAV")
+    write_png(tmp_path / f"anna{suffix}")
+    (tmp_path / "anna.txt").write_text("\ufeff nods\n")
+    (tmp_path / "Ben.txt").write_text(" \n")
+    wishes = hedra.Wishes("flag.png", "friend.png", "waves")
+    (ben, anna), bad = hedra.find_clips(tmp_path, Path("out"), wishes)
+    assert (anna.image.name, anna.prompt, anna.target) == (
+        f"anna{suffix}",
+        "nods",
+        Path("out/anna.mp4"),
+    )
+    assert (ben.image.name, ben.prompt, ben.target) == ("flag.png", "waves", Path("out/Ben.mp4"))
+    (ben, anna), _ = hedra.find_clips(tmp_path, Path("out"), hedra.Wishes("", "friend.png"))
+    assert (ben.image.name, ben.prompt) == ("friend.png", hedra.DEFAULT_PROMPT)
+    (anna,), (told,) = hedra.find_clips(tmp_path, Path("out"), hedra.Wishes())
+    assert told.name == "Ben"
+    assert all(way in told.error for way in ("Ben.png", "--img", "FRIEND_IMG"))
+
+
+def test_a_batch_pays_each_clip_once_and_the_next_one_asks_for_nothing_that_costs(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    anna, *_ = fill(world, "anna", "ben", "cleo", "dora", "emil")
+    own = write_png(anna.with_suffix(".png"), 99)
+    anna.with_suffix(".txt").write_text("nods")
+    assert batch(world, "--prompt", "waves") == 0
+    names = ("anna", "ben", "cleo", "dora", "emil")
+    check_all_paid(world, *names)
+    asked = {one.sources[1].read_bytes(): one for one in world.box.paid}
+    mine = asked.pop(anna.read_bytes())
+    assert (mine.sources[0].read_bytes(), mine.prompt) == (own.read_bytes(), "nods")
+    assert {one.prompt for one in asked.values()} == {"waves"}
+    assert {one.sources[0].read_bytes() for one in asked.values()} == {world.img.read_bytes()}
+    assert world.box.count("upload") == 5 + 2  # what they share is uploaded once
+    paths = sorted(f"output/{name}.mp4" for name in names)
+    assert sorted(capsys.readouterr().out.splitlines()) == paths
+    before, times = costly(world), len(world.box.log)
+    assert batch(world, "--prompt", "waves") == 0
+    assert sorted(capsys.readouterr().out.splitlines()) == paths
+    assert costly(world) == before
+    assert len(world.box.log) - times <= 1  # the balance, at most
+    check_all_paid(world, *names)
+
+
+def test_force_pays_every_clip_of_a_batch_again(world: World) -> None:
+    fill(world, "anna", "ben")
+    assert batch(world) == 0
+    assert batch(world, "--force") == 0
+    assert len(world.box.paid) == 4
+    assert sorted(outputs(world).values()) == sorted(world.videos()[2:])
+
+
+def test_a_failed_clip_stops_no_other_and_is_listed_last_with_its_reason(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    anna, *_ = fill(world, "anna", "ben", "cleo", "dora", "emil")
+    whole = anna.read_bytes()
+    anna.write_bytes(whole[:-100])
+    (world.folder / "batch/dora.txt").write_bytes(b"\xff\xfe\xfa")
+    world.fail("submit", "302", skip=1, value="/elsewhere")
+    assert batch(world, "--jobs", "1") == 1
+    told = capsys.readouterr()
+    assert told.out.splitlines() == ["output/ben.mp4", "output/emil.mp4"]
+    last = told.err.splitlines()[-3:]
+    reasons = ("hedra_avatar: dora: .*UTF-8", "hedra_avatar: anna: .*cut short")
+    reasons = (*reasons, "hedra_avatar: cleo: .*302")
+    assert all(any(re.match(reason, line) for line in last) for reason in reasons), last
+    assert "Traceback" not in told.err
+    check_all_paid(world, "ben", "emil")
+    anna.write_bytes(whole)
+    (world.folder / "batch/dora.txt").unlink()
+    assert batch(world) == 0
+    check_all_paid(world, "anna", "ben", "cleo", "dora", "emil")
+
+
+def test_a_generation_that_fails_stops_no_other_and_is_not_paid_again(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(world, "anna", "ben", "cleo")
+
+    def refuse(number: int) -> None:
+        one = list(world.box.generations.values())[-1:]
+        if one and is_submit(world.sent[number - 1]) and len(world.box.generations) == 2:
+            one[0].refused = {"type": "BAD_FACE", "message": "No face"}
+
+    world.after.append(refuse)
+    assert batch(world, "--jobs", "1") == 1
+    told = capsys.readouterr()
+    assert told.out.splitlines() == ["output/anna.mp4", "output/cleo.mp4"]
+    assert re.match("hedra_avatar: ben: .*No face", told.err.splitlines()[-1])
+    assert batch(world) == 1
+    assert re.match("hedra_avatar: ben: .*not paid again", capsys.readouterr().err.splitlines()[-1])
+    assert len(world.box.paid) == 3
+
+
+def test_a_batch_as_json_is_one_object_a_clip(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(world, "anna", "ben")[0].write_bytes(b"no sound")
+    assert batch(world, "--json") == 1
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    anna, ben = sorted(told, key=lambda row: str(row["name"]))
+    (one,) = world.box.paid
+    assert (anna["name"], anna["status"], ben["name"], ben["status"]) == (
+        *("anna", "failed"),
+        *("ben", "done"),
+    )
+    assert "anna.wav" in anna["error"]
+    assert {key: ben[key] for key in ("path", "generation_id", "credits", "error")} == {
+        "path": "output/ben.mp4",
+        "generation_id": one.id,
+        "credits": one.cost,
+        "error": None,
+    }
+    assert ben["seconds"] >= 0
+    assert batch(world, "--json") == 1
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    again = next(row for row in told if row["name"] == "ben")
+    assert (again["status"], again["generation_id"]) == ("done", one.id)
+
+
+@pytest.mark.parametrize(
+    ("version", "have", "flags", "figures"),
+    [
+        ("v2", 8, [], ("9 credits", "8 credits")),
+        ("v3", 0.08, [], ("$0.09", "$0.08")),
+        ("v2", 1000, ["--max-credits", "8"], ("9 credits", "8 credits")),
+        ("v3", 1000, ["--max-credits", "0.08"], ("$0.09", "$0.08")),
+    ],
+)
+def test_a_folder_that_costs_too_much_shows_both_figures_and_uploads_nothing(
+    world: World,
+    capsys: pytest.CaptureFixture[str],
+    have: float,
+    flags: list[str],
+    figures: tuple[str, str],
+) -> None:
+    fill(world, "anna", "ben", "cleo")
+    world.box.credits, world.box.usd = int(have), have
+    assert batch(world, *flags) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert all(figure in told.err.splitlines()[-1] for figure in figures)
+    assert costly(world) == 0
+    assert not (world.folder / "output").exists()
+
+
+def test_what_is_done_or_in_flight_does_not_count_against_the_limit(world: World) -> None:
+    fill(world, "anna", "ben")
+    assert batch(world) == 0
+    fill(world, "cleo")
+    limit = {"v2": "3", "v3": "0.03"}[world.version]
+    world.box.credits, world.box.usd = 3, 0.03
+    assert batch(world, "--max-credits", limit) == 0
+    check_all_paid(world, "anna", "ben", "cleo")
+
+
+def test_a_dry_run_of_a_folder_tells_each_clips_state_and_the_totals(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(world, "done")
+    assert batch(world) == 0
+    fill(world, "refused")
+    world.box.fail_with = {"type": "GONE", "message": "No face"}
+    assert batch(world) == 1
+    world.box.fail_with = None
+    fill(world, "flies")
+    world.box.render_seconds = 900.0
+    assert batch(world, "--timeout", "30") == 1
+    fill(world, "new1", "new2", "wrong")[-1].write_bytes(b"no sound")
+    before = costly(world)
+    capsys.readouterr()
+    assert batch(world, "--dry-run") == 1
+    told = capsys.readouterr().out.partition("\n")[2]
+    rows = {row[0]: row[1:] for row in ROWS.findall(told)}
+    price, total = {"v2": ("3", "6"), "v3": ("0.03", "0.06")}[world.version]
+    assert list(rows) == ["done", "flies", "new1", "new2", "refused", "wrong", "total"]
+    assert rows["new1"] == rows["new2"] == ("1.0", price, "new")
+    assert rows["done"][2] == "done"
+    assert rows["flies"][2] == "in flight"
+    assert rows["refused"][2].startswith("refused")
+    assert rows["wrong"][2].startswith("bad: ")
+    assert rows["total"][:2] == ("2.0", total)
+    assert "2 new" in rows["total"][2]
+    assert {"v2": "9991 credits", "v3": "$99.91"}[world.version] in rows["total"][2]
+    assert costly(world) == before
+    assert set(outputs(world)) == {"done"}
+
+
+def test_credits_that_run_out_stop_new_submits_and_let_what_runs_finish(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"clip{n}" for n in range(9)]
+    fill(world, *names)
+    world.box.balance_error = 500  # so that nobody can tell before
+    world.box.credits, world.box.usd = 7, 0.07
+    world.box.render_seconds = 60.0
+    assert batch(world, "--jobs", "3") == 1
+    told = capsys.readouterr()
+    assert len(world.box.paid) == 2
+    assert world.box.count("submit") <= 2 + 3
+    assert len(told.out.splitlines()) == len(outputs(world)) == 2
+    assert "Traceback" not in told.err
+    assert re.search(r"clips not sent: 7, they need about (21 credits|\$0.21)", told.err)
+    for name in set(names) - set(outputs(world)):
+        assert re.search(f"(?m)^hedra_avatar: {name}: ", told.err)
+    world.box.credits, world.box.usd = 100, 100
+    assert batch(world) == 0
+    check_all_paid(world, *names)
+
+
+def test_the_limits_of_the_account_slow_a_batch_down_and_fail_nothing(live: World) -> None:
+    names = [f"{n:02}" for n in range(12)]
+    fill(live, *names)
+    live.box.render_seconds, live.box.concurrency, live.box.rate = 0.15, 3, (30, 0.3)
+    assert batch(live, "--jobs", "12", "-q", *QUICK) == 0
+    check_all_paid(live, *names)
+    assert sum(c.verb == "upload" and c.status != 429 for c in live.box.log) == 13
+    asked = [call for call in live.box.log if call.verb != "download"]
+    refused = [call for call in asked if call.status == 429]
+    assert refused, "the limits were not met"
+    assert 3 * len(refused) < len(asked)
+
+
+def test_no_thread_of_a_command_is_left_when_it_has_ended(live: World) -> None:
+    """A daemon that is still at work when the interpreter ends can crash it: the exit status is
+    then that of a signal, and make deletes the video."""
+    assert live.run(*QUICK) == 0
+    os.utime(live.wav)
+    live.box.latency = 0.2
+    before = set(threading.enumerate())
+    assert live.run(*QUICK) == 0
+    left = set(threading.enumerate()) - before
+    assert [thread for thread in left if "process_request_thread" not in thread.name] == []
+
+
+def test_two_recordings_of_the_same_content_are_paid_once(world: World) -> None:
+    (anna,) = fill(world, "anna")
+    shutil.copy(anna, anna.with_name("ben.wav"))
+    assert batch(world) == 0
+    assert len(world.box.paid) == 1
+    assert outputs(world) == dict.fromkeys(("anna", "ben"), world.videos()[0])
+
+
+def test_a_batch_takes_every_name(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ['a "b" \'c\'', "ä ö 你好 🎬", "line\nbreak", "-dash", "$(touch x);`y`", "%s{0}", "a.b"]
+    fill(world, *names)
+    fill(world, ".hidden", "~temporary", "#emacs")
+    assert batch(world, "--json") == 0
+    told = capsys.readouterr()
+    rows = [json.loads(line) for line in told.out.splitlines()]
+    assert {row["name"]: row["path"] for row in rows} == {n: f"output/{n}.mp4" for n in names}
+    assert all(line.isprintable() for line in told.err.splitlines())
+    check_all_paid(world, *names)
+    assert batch(world, "--dry-run") == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(names) + 2
+
+
+def test_names_that_differ_by_case_are_two_clips(world: World) -> None:
+    fill(world, "Hello", "hello")
+    if len(os.listdir(world.folder / "batch")) == 1:
+        pytest.skip("this file system does not tell them apart")
+    write_png(world.folder / "batch/Hello.png", 7)
+    write_png(world.folder / "batch/hello.png", 8)
+    assert batch(world) == 0
+    check_all_paid(world, "Hello", "hello")
+    images = {one.sources[1].read_bytes(): one.sources[0] for one in world.box.paid}
+    for name in ("Hello", "hello"):
+        wav, png = (world.folder / f"batch/{name}{kind}" for kind in (".wav", ".png"))
+        assert images[wav.read_bytes()].read_bytes() == png.read_bytes()
+
+
+@pytest.mark.parametrize(("there", "status"), [(True, 0), (False, 1)])
+def test_an_empty_folder_is_nothing_to_do_and_a_missing_one_is_an_error(
+    world: World, capsys: pytest.CaptureFixture[str], there: bool, status: int
+) -> None:
+    (world.folder / "batch").mkdir() if there else None
+    assert batch(world) == status
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert len(told.err.splitlines()) == 1
+    assert "batch" in told.err
+    assert world.verbs == []
+
+
+@only_v3
+def test_hundreds_of_jobs_share_one_portrait_and_one_process(
+    ports: sandbox.Server, live: World
+) -> None:
+    names = [f"{n:03}" for n in range(120)]
+    for name in names:
+        write_wav(live.folder / f"batch/{name}.wav", 0.5, seed=int(name))
+    url = {"v2": ports.url_v2, "v3": ports.url_v3}[live.version]
+    assert batch(live, "--jobs", "200", "-q", *QUICK, HEDRA_BASE_URL=url) == 0
+    check_all_paid(live, *names)
+    assert live.box.count("upload") == 121
+
+
+def test_a_batch_opens_no_more_connections_than_it_has_jobs(
+    ports: sandbox.Server, live: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, peak, mine = urllib3.connection.HTTPConnection, 0, set[Any]()
+    connect, close = kind.connect, kind.close
+    url = {"v2": ports.url_v2, "v3": ports.url_v3}[live.version]
+
+    def connected(self: Any) -> None:
+        nonlocal peak
+        connect(self)
+        if self.port == urlsplit(url).port:
+            mine.add(self)
+            peak = max(peak, len(mine))
+
+    def closed(self: Any) -> None:
+        mine.discard(self)
+        close(self)
+
+    monkeypatch.setattr(kind, "connect", connected)
+    monkeypatch.setattr(kind, "close", closed)
+    names = [f"{n:02}" for n in range(8)]
+    fill(live, *names)
+    live.box.latency = 0.01
+    assert batch(live, "--jobs", "4", "-q", *QUICK, HEDRA_BASE_URL=url) == 0
+    check_all_paid(live, *names)
+    assert 1 < peak <= 4
+
+
+def start(world: World, *words: str, **environ: str) -> subprocess.Popen[str]:
+    """Start any command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "hedra_avatar", *words],
+        cwd=world.folder,
+        env={**world.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1", **environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_batches_at_once_pay_each_clip_once(live: World) -> None:
+    names = ("anna", "ben", "cleo", "dora")
+    fill(live, *names)
+    live.box.render_seconds = 0.2
+    words = ("batch", "--img", "friend.png", *QUICK)
+    ended = [finish(process) for process in (start(live, *words), start(live, *words))]
+    for status, out, _ in ended:
+        assert status == 0
+        assert sorted(out.splitlines()) == [f"output/{name}.mp4" for name in names]
+    check_all_paid(live, *names)
+    assert live.box.count("upload") == 5
+    assert live.box.count("download") == 4
+
+
+def test_ctrl_c_ends_a_batch_quickly_and_says_that_a_rerun_takes_up(live: World) -> None:
+    fill(live, "anna", "ben", "cleo")
+    live.box.render_seconds = 600.0
+    all_sent = threading.Event()
+    live.after.append(lambda number: len(live.box.paid) == 2 and all_sent.set())
+    process = start(live, "batch", "--img", "friend.png", "--jobs", "2")
+    assert all_sent.wait(20)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    status, out, err = finish(process)
+    assert time.monotonic() - started < 2
+    assert (status, out) == (130, "")
+    assert "Traceback" not in err
+    assert "again" in err.splitlines()[-1]
+    live.box.render_seconds = 0.0
+    assert batch(live, *QUICK) == 0
+    check_all_paid(live, "anna", "ben", "cleo")
+
+
+def test_the_pace_slows_down_when_refused_and_recovers(clock: Any) -> None:
+    governor = hedra.Governor()
+    for _ in range(10):
+        assert governor.pace(time.sleep) == time.monotonic()
+        governor.accepted()
+    assert clock.naps == []
+    sent = governor.pace(time.sleep)
+    refused = hedra.RateLimited("slow down", status=429, retry_after=2.0)
+    refused.sent_at = sent
+    clock.tick(0.1)
+    governor.too_fast(refused)
+    gap = governor.gap_s
+    assert gap == pytest.approx(1.1 / 10)
+    governor.too_fast(refused)  # of the same burst
+    assert governor.gap_s == gap
+    first = governor.pace(time.sleep)
+    assert first - sent == pytest.approx(2.1)
+    assert governor.pace(time.sleep) - first == pytest.approx(gap)
+    refused.sent_at = time.monotonic()
+    governor.too_fast(refused)
+    assert governor.gap_s == pytest.approx(1.2 * gap)
+    for _ in range(20):
+        slow = governor.gap_s
+        governor.accepted()
+        assert governor.gap_s < slow
+    for _ in range(5000):
+        governor.accepted()
+    assert governor.gap_s == 0.0
+    for _ in range(99):
+        refused.sent_at = time.monotonic()
+        governor.too_fast(refused)
+        clock.tick(1.0)
+    assert governor.gap_s == 5.0
+
+
+@pytest.mark.parametrize(
+    ("steps", "limit"),
+    [
+        ("begin take grow give-running", 5),
+        ("begin take give-refused leave", 4),
+        ("begin leave", 4),
+        ("resume give-running", 4),
+        ("begin take give-refused take grow give-running", 5),
+        ("begin begin take grow take grow give-running give-running", 6),
+        ("begin take grow begin take too-many give-refused leave give-running", 1),
+        ("too-many begin take grow begin take grow give-running give-running", 2.5),
+    ],
+)
+def test_the_places_among_the_generations_in_flight_are_given_back(
+    steps: str, limit: float
+) -> None:
+    governor = hedra.Governor()
+    meaning: dict[str, Callable[[], object]] = {
+        "begin": governor.begin,
+        "take": governor.take,
+        "resume": lambda: governor.take(resumed=True),
+        "grow": governor.grow,
+        "leave": governor.leave,
+        "give-running": lambda: governor.give(running=True),
+        "give-refused": lambda: governor.give(running=False),
+        "too-many": governor.too_many,
+    }
+    for step in steps.split():
+        meaning[step]()
+    assert (governor.ready, governor.active, governor.running) == (0, 0, 0)
+    assert governor.limit == limit
+
+
+def test_a_clip_waits_for_a_place_and_stops_waiting_when_the_program_stops() -> None:
+    governor = hedra.Governor()
+    governor.too_many()
+    governor.begin()
+    governor.take()
+    governor.begin()
+    got: list[str] = []
+
+    def wait() -> None:
+        try:
+            governor.take()
+            got.append("a place")
+            governor.take()
+        except hedra.Stopped:
+            got.append("stopped")
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    thread.join(0.02)
+    assert got == []
+    governor.give(running=False)
+    until(lambda: got == ["a place"])
+    governor.stop()
+    thread.join(5)
+    assert got == ["a place", "stopped"]
+    with pytest.raises(hedra.Stopped):
+        governor.begin()
+
+
+def test_the_records_of_the_governor_are_even_after_a_batch_that_fails_in_all_ways(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[hedra.Governor] = []
+    start = hedra.Governor.__init__
+    monkeypatch.setattr(
+        hedra.Governor, "__init__", lambda self: (made.append(self), start(self))[0]
+    )
+    fill(world, *(f"{n:02}" for n in range(12)))
+    world.box.concurrency, world.box.render_seconds = 3, 20.0
+    world.fail("submit", "404", skip=1)
+    world.fail("submit", "reset-after", skip=3)
+    world.fail("submit", "500", skip=4)
+    world.fail("upload", "404", skip=5)
+    world.fail("status", "404", skip=30)
+    world.fail("download", "404", 9)
+    assert batch(world, "--jobs", "6") == 1
+    for governor in made:
+        assert (governor.ready, governor.active, governor.running) == (0, 0, 0)
+    world.heal()
+    assert batch(world, "--jobs", "6") == 0
+    check_all_paid(world, *(f"{n:02}" for n in range(12)))
+
+
 # -----------------------------------------------------------------------------
 # Makefile
 # -----------------------------------------------------------------------------
+
+MAKE = shutil.which("make") or ""
+needs_make = pytest.mark.skipif(not MAKE, reason="make is not installed")
+
+
+@pytest.fixture(scope="session")
+def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that somebody copies, the module compiled once for all tests."""
+    folder = tmp_path_factory.mktemp("kit")
+    for name in ("Makefile", "hedra_avatar.py"):
+        shutil.copy2(HERE / name, folder)
+    py_compile.compile(str(folder / "hedra_avatar.py"), doraise=True)
+    (folder / "runner").write_text('#!/bin/sh\necho "$*" >>started.log\nexec "$@"\n')
+    (folder / "runner").chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def shop(live: World, kit: Path) -> World:
+    """The world in real time, with a Makefile."""
+    shutil.copytree(kit, live.folder, dirs_exist_ok=True)
+    return live
+
+
+def make(world: World, *words: str, **environ: str) -> tuple[int, str, list[str]]:
+    """Run make; its exit status, all that it printed, and the commands that it started."""
+    clean = {n: v for n, v in os.environ.items() if not n.startswith(("MAKE", "MFLAGS", "COV"))}
+    for name in ("IMG", "PYTHON", "ARGS", "OUT", "IN", "RUNNER", "WAV", "GNUMAKEFLAGS"):
+        clean.pop(name, None)
+    log = world.folder / "started.log"
+    log.unlink(missing_ok=True)
+    options = [f"PYTHON={sys.executable}", "RUNNER=./runner", "ARGS=--poll-interval 0.05"]
+    done = subprocess.run(
+        [MAKE, *options, *words],
+        cwd=world.folder,
+        env={**clean, **world.environ, **environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+    )
+    assert world.key not in done.stdout
+    started = log.read_text().splitlines() if log.exists() else []
+    return done.returncode, done.stdout, started
+
+
+def age(*files: Path) -> None:
+    """Let files be older than whatever is made from now on, on any file system."""
+    past = time.time() - 100
+    for file in files:
+        os.utime(file, (past, past))
+
+
+@needs_make
+def test_make_builds_every_clip_once_and_then_only_what_changed(shop: World) -> None:
+    anna, ben, cleo = fill(shop, "anna", "ben", "cleo")
+    own = write_png(anna.with_suffix(".png"), 99)
+    prompt = ben.with_suffix(".txt")
+    prompt.write_text("waves")
+    age(anna, ben, cleo, own, prompt, shop.img)
+    status, out, started = make(shop, "-j4", "IMG=friend.png")
+    assert (status, len(started)) == (0, 3), out
+    check_all_paid(shop, "anna", "ben", "cleo")
+    assert shop.box.count("upload") == 5  # three recordings, two portraits
+    sources = {one.sources[1].read_bytes(): one for one in shop.box.paid}
+    assert sources[anna.read_bytes()].sources[0].read_bytes() == own.read_bytes()
+    assert sources[cleo.read_bytes()].sources[0].read_bytes() == shop.img.read_bytes()
+    assert sources[ben.read_bytes()].prompt == "waves"
+
+    asked = costly(shop)
+    assert make(shop, "-j4", "IMG=friend.png")[::2] == (0, [])
+    os.utime(cleo)  # touched, and the same
+    status, out, started = make(shop, "IMG=friend.png")
+    assert (status, len(started)) == (0, 1), out
+    assert make(shop, "IMG=friend.png")[::2] == (0, []), out
+    assert costly(shop) == asked
+
+    for paid, change in enumerate(
+        (
+            lambda: write_wav(anna, seed=50),
+            lambda: write_png(own, 51),
+            lambda: prompt.write_text("nods"),
+            lambda: write_png(cleo.with_suffix(".png"), 52),
+        ),
+        start=4,
+    ):
+        change()
+        status, out, started = make(shop, "IMG=friend.png")
+        assert (status, len(started), len(shop.box.paid)) == (0, 1, paid), out
+        assert shop.videos()[-1] in outputs(shop).values()
+
+
+@needs_make
+@only_v2
+def test_a_changed_shared_portrait_builds_the_clips_that_use_it(shop: World) -> None:
+    anna, ben = fill(shop, "anna", "ben")
+    age(anna, ben, shop.img, write_png(anna.with_suffix(".png"), 99))
+    assert make(shop, FRIEND_IMG="friend.png")[0] == 0
+    write_png(shop.img, 33)
+    status, _, started = make(shop, FRIEND_IMG="friend.png")
+    assert (status, len(started), len(shop.box.paid)) == (0, 1, 3)
+
+
+@needs_make
+@only_v3
+def test_make_keeps_going_and_leaves_nothing_half_done(shop: World) -> None:
+    anna, ben, *_ = fill(shop, "anna", "ben", "cleo", "d e")
+    anna.write_bytes(anna.read_bytes()[:-100])
+    shop.fail("submit", "302", value="/elsewhere")
+    status, out, _ = make(shop, "-k", "IMG=friend.png")
+    assert (status, list(outputs(shop))) == (2, ["cleo"])
+    assert "Traceback" not in out
+    status, out, started = make(shop, "-k", "-j2", "IMG=friend.png")
+    assert (status, len(started)) == (2, 2)
+    assert "anna.wav" in out
+    odd = next(line for line in out.splitlines() if "d e" in line)
+    assert "batch" in odd
+    check_all_paid(shop, "ben", "cleo")
+    assert sorted(os.listdir(shop.folder / "output")) == ["ben.mp4", "cleo.mp4"]
+
+
+@needs_make
+@only_v2
+def test_names_that_make_cannot_take_are_told_and_left_to_batch(shop: World) -> None:
+    names = ["with blank", "semi;colon", "a#b", "per%cent", "co:lon", "st*r", "d$(x)", "it's"]
+    fill(shop, "anna", *names)
+    status, out, started = make(shop, "-j4", "IMG=friend.png")
+    assert status == 0, out
+    told = next(line for line in out.splitlines() if "batch" in line and "with blank" in line)
+    built = set(outputs(shop))
+    assert "anna" in built
+    assert len(started) == len(built) == len(shop.box.paid)
+    for name in set(names) - built:
+        assert name in told
+    assert batch(shop, *QUICK) == 0
+    check_all_paid(shop, "anna", *names)
+
+
+@needs_make
+@only_v2
+def test_what_make_shows_holds_no_key_and_does_nothing_by_itself(shop: World) -> None:
+    fill(shop, "anna", "ben")
+    status, out, started = make(shop, "-n", "IMG=friend.png")  # make() looks for the key
+    assert (status, started, shop.sent) == (0, [], [])
+    assert out.count("./runner") == 2
+    assert not (shop.folder / "output").exists()
+    text = (HERE / "Makefile").read_text()
+    status, out, _ = make(shop, "help")
+    told = set(re.findall(r"(?m)^  make (\S+) +\S", out))
+    assert status == 0
+    assert told == set(re.findall(r"(?m)^([a-z-]+):.*## ", text))
+    wanted = "all help install run watch credits demo sandbox lint test clean"
+    assert told >= set(wanted.split())
+    assert all(name in out for name in ("IMG", "ARGS", "PYTHON", "OUT", "IN", "RUNNER"))
+
+
+@needs_make
+@only_v3
+def test_the_targets_for_one_clip_and_for_the_balance_call_the_program(shop: World) -> None:
+    status, out, _ = make(shop, "run", "WAV=hello.wav", "IMG=friend.png", "OUT=else where")
+    assert (status, "batch" in out) == (2, True)
+    status, out, _ = make(shop, "run", "WAV=hello.wav", "IMG=friend.png", "OUT=elsewhere")
+    assert status == 0, out
+    assert "elsewhere/hello.mp4" in out.splitlines()
+    status, out, _ = make(shop, "credits", "ARGS=--json")
+    assert json.loads(out.splitlines()[-1])["unit"] == "USD"
+    status, out, _ = make(shop, "credits", "ARGS=--min 1000")
+    assert (status, "Traceback" in out) == (2, False)
+    for name in ("output/x.mp4", ".cache/clips/x.json", "batch/x.wav", ".mypy_cache/x"):
+        (shop.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (shop.folder / name).touch()
+    assert make(shop, "clean")[0] == 0
+    assert not (shop.folder / ".mypy_cache").exists()
+    for name in ("output/x.mp4", ".cache/clips/x.json", "batch/x.wav"):
+        assert (shop.folder / name).exists()
+
+
+@needs_make
+@only_v2
+def test_a_make_that_is_killed_leaves_nothing_half_done_and_goes_on_later(shop: World) -> None:
+    (wav,) = fill(shop, "anna")
+    age(wav, shop.img)
+    shop.box.render_seconds = 600.0
+    paid = threading.Event()
+    shop.after.append(lambda number: shop.box.paid and paid.set())
+    words = [MAKE, f"PYTHON={sys.executable}", "IMG=friend.png", "ARGS=--poll-interval 0.05"]
+    environ = {**shop.environ, "PATH": os.environ["PATH"]}
+    process = subprocess.Popen(
+        words, cwd=shop.folder, env=environ, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert paid.wait(20)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(10) != 0
+    assert not list((shop.folder / "output").glob("*.mp4"))
+    shop.box.render_seconds = 0.0
+    assert make(shop, "IMG=friend.png")[0] == 0
+    check_all_paid(shop, "anna")
 
 
 # -----------------------------------------------------------------------------
 # watch
 # -----------------------------------------------------------------------------
+
+
+class Watch:
+    """A watcher with a real Observer on a real folder, in threads; a context."""
+
+    def __init__(self, world: World, told: io.StringIO | None = None) -> None:
+        self.world, self.folder = world, world.folder / "incoming"
+        self.out, self.told = io.StringIO(), told or io.StringIO()
+        self.flags = ["--img", "friend.png", *QUICK]
+        self.observer: Any = watchdog.observers.Observer
+
+    def __call__(self, *flags: str) -> Watch:
+        self.flags += flags
+        return self
+
+    def __enter__(self) -> Watch:
+        """As `cmd_watch` does it, with an end that a test can reach."""
+        args = hedra.build_parser().parse_args(["watch", *self.flags])
+        self.stop, self.view, self.ends = threading.Event(), hedra.Lines(), contextlib.ExitStack()
+        self.ends.enter_context(contextlib.redirect_stderr(self.told))
+        self.ends.enter_context(contextlib.redirect_stdout(self.out))
+        self.studio = hedra.open_studio(
+            args, self.world.environ, self.view, sleep=hedra.until(self.stop)
+        )
+        wishes = hedra.wishes_of(args, self.world.environ)
+        where = Path("incoming"), Path("output"), wishes, args.jobs
+        self.watcher = hedra.Watcher(self.studio, *where)
+        self.watcher.emit = hedra.emitter(args, self.view)
+        self.listening = self.observer()
+        self.listening.start()
+        run = functools.partial(self.watcher.run, self.listening, self.stop)
+        self.thread = threading.Thread(target=run)
+        self.thread.start()
+        try:
+            until(lambda: self.lines("watching ", "is not there"))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.watcher.end(self.stop)
+        self.studio.http.governor.stop()
+        self.listening.stop()
+        self.watcher.crew.stop(5.0)
+        self.thread.join(5.0)
+        self.listening.join(5.0)
+        self.ends.close()
+
+    def lines(self, *words: str) -> list[str]:
+        """The lines of the log that have one of these words in them."""
+        said = self.told.getvalue().splitlines()
+        return [line for line in said if any(word in line for word in words)]
+
+    def until(self, met: Callable[[], object]) -> None:
+        """Wait for a condition, and have the watcher turn round meanwhile."""
+
+        def nudge() -> object:
+            self.watcher.wake.set()
+            return met()
+
+        until(nudge)
+
+    def wait_for(self, *names: str) -> None:
+        """Until these clips are done."""
+        self.until(lambda: all(self.lines(f" {name}: done") for name in names))
+
+    def wait_settled(self, name: str) -> None:
+        """Until the watcher has made up its mind about a file as it is now."""
+        file = self.folder / name
+        self.until(lambda: self.watcher.seen.get(name, "").startswith(hedra.signature(file)))
+        self.until(lambda: name not in self.watcher.busy)
+
+
+@pytest.fixture
+def watch(live: World, monkeypatch: pytest.MonkeyPatch) -> Watch:
+    """A watcher of an empty folder, and quick about it."""
+    monkeypatch.setattr(hedra, "STILL_S", 0.05)
+    monkeypatch.setattr(hedra, "OUTAGE_S", (0.02, 0.05))
+    (live.folder / "incoming").mkdir()
+    return Watch(live)
+
+
+def drop(world: World, *names: str, seed: int = 0) -> list[Path]:
+    """Move whole recordings into the watched folder."""
+    files = []
+    for name in names:
+        made = write_wav(world.folder / "made" / name, seed=hash(name) + seed)
+        files.append(world.folder / "incoming" / name)
+        made.rename(files[-1])
+    return files
+
+
+@pytest.mark.parametrize("way", ["write", "copy", "rename"])
+@only_v3
+def test_a_recording_that_was_closed_or_renamed_is_taken_at_once(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(hedra, "STILL_S", 600.0)
+    made, there = write_wav(watch.world.folder / "made.wav"), watch.folder / "anna.wav"
+    with watch:
+        if way == "write":
+            write_wav(there)
+        elif way == "copy":
+            shutil.copy(made, there)
+        else:
+            hidden = watch.folder / ".anna.wav.x7"
+            shutil.copy(made, hidden)
+            hidden.rename(there)
+        watch.wait_for("anna")
+    check_all_paid(watch.world, "anna")
+
+
+def test_a_dropped_recording_becomes_a_video_and_its_path_is_told(watch: Watch) -> None:
+    with watch("--prompt", "waves"):
+        write_png(watch.folder / "anna.png", 77)
+        (watch.folder / "anna.txt").write_text("nods")
+        drop(watch.world, "anna.wav", "Ben.WAV")
+        watch.wait_for("anna", "Ben")
+    check_all_paid(watch.world, "anna", "Ben")
+    assert {one.prompt for one in watch.world.box.paid} == {"nods", "waves"}
+    paths = sorted(watch.out.getvalue().splitlines())
+    assert paths == ["output/Ben.mp4", "output/anna.mp4"]
+    lines = watch.lines("anna: ")
+    assert 2 <= len(lines) == len(set(lines)) <= 15
+
+
+@only_v2
+def test_a_slow_writer_that_pauses_is_waited_for_and_said_once(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hedra, "STUCK_S", 0.2)
+    monkeypatch.setattr(hedra, "RESCAN_S", 0.05)
+    whole = write_wav(watch.world.folder / "made.wav").read_bytes()
+    slow = watch.folder / "slow.wav"
+    with watch, slow.open("wb", buffering=0) as stream:
+        stream.write(whole[:30])  # not even a header
+        watch.until(lambda: watch.lines("slow.wav: not taken"))
+        for start in range(30, 4030, 1000):
+            stream.write(whole[start : start + 1000])
+        watch.until(lambda: len(watch.lines("slow.wav: not taken")) == 2)
+        drop(watch.world, "other.wav")
+        watch.wait_for("other")
+        assert watch.world.box.count("submit") == 1
+        stream.write(whole[4030:])
+        watch.wait_for("slow")  # though it has not been closed
+    assert len(watch.lines("slow.wav: not taken")) == 2
+    check_all_paid(watch.world, "other", "slow")
+    assert watch.world.box.paid[1].sources[1].read_bytes() == whole
+
+
+@only_v3
+def test_a_writer_that_is_merely_slow_is_no_news(watch: Watch) -> None:
+    whole = write_wav(watch.world.folder / "made.wav").read_bytes()
+    slow = watch.folder / "slow.wav"
+    with watch:
+        with slow.open("wb", buffering=0) as stream:
+            for start in range(0, len(whole), 1500):
+                stream.write(whole[start : start + 1500])
+                threading.Event().wait(0.06)
+        watch.wait_for("slow")
+    assert watch.lines("not taken") == []
+    check_all_paid(watch.world, "slow")
+    assert watch.world.box.paid[0].sources[1].read_bytes() == whole
+
+
+@only_v2
+def test_temporary_hidden_and_other_files_and_subfolders_are_left_alone(watch: Watch) -> None:
+    odd = (".hidden.wav", "~lock.wav", "#auto#.wav", "a.wav.part", "a.wav~", "a.mp3", "4913")
+    sub = watch.folder / "sub.wav"
+    sub.mkdir()
+    write_wav(watch.folder / "before/x.wav")
+    with watch:
+        drop(watch.world, *odd)
+        shutil.copy(watch.world.wav, sub / "deep.wav")
+        write_wav(watch.folder / "during/x.wav")
+        drop(watch.world, "z.wav")
+        watch.wait_for("z")
+    check_all_paid(watch.world, "z")
+    assert watch.lines(*odd, "deep", "x.wav") == []
+
+
+@only_v2
+def test_what_lay_there_before_is_done_first(watch: Watch) -> None:
+    before = drop(watch.world, "x.wav", "y.wav", "z.wav")
+    age(*before)
+    with watch("--jobs", "1"):
+        last = write_wav(watch.folder / "a.wav", seed=9)
+        watch.wait_for("a", "x", "y", "z")
+    order = [one.sources[1].read_bytes() for one in watch.world.box.paid]
+    assert order == [file.read_bytes() for file in (*before, last)]
+
+
+def test_events_touches_and_restarts_cost_nothing_and_new_content_is_a_new_clip(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hedra, "RESCAN_S", 0.05)
+    with watch:
+        (anna,) = drop(watch.world, "anna.wav")
+        for _ in range(5):
+            os.utime(anna)
+        watch.wait_for("anna")
+        watch.wait_settled("anna.wav")
+        for again in (lambda: os.utime(anna), lambda: anna.write_bytes(anna.read_bytes())):
+            again()
+            watch.wait_settled("anna.wav")
+        other = anna.with_name("tmp")
+        shutil.copy(anna, other)
+        other.rename(anna)
+        watch.wait_settled("anna.wav")
+    asked = len(watch.world.sent)
+    with Watch(watch.world, watch.told) as second:
+        second.wait_settled("anna.wav")
+        assert costly(watch.world) == 3 + (watch.world.version == "v2") * 2
+        assert watch.world.box.count("download") == 1
+        assert len(watch.world.sent) == asked
+        first = outputs(watch.world)
+        drop(watch.world, "anna.wav", seed=1)
+        second.until(lambda: len(second.lines("anna: done")) == 2)
+    assert len(watch.world.box.paid) == 2
+    assert outputs(watch.world) == {"anna": watch.world.videos()[1]} != first
+
+
+@only_v2
+def test_a_bad_file_is_told_once_and_looked_at_again_when_it_changes(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hedra, "RESCAN_S", 0.02)
+    bad = watch.folder / "bad.wav"
+    bad.write_bytes(b"no sound at all" * 9)
+    with watch:
+        drop(watch.world, "good.wav")
+        watch.wait_for("good")
+        drop(watch.world, "more.wav")
+        watch.wait_for("more")
+        (line,) = watch.lines("bad.wav")
+        assert "not taken" in line
+        assert bad.exists()
+        drop(watch.world, "bad.wav")
+        watch.wait_for("bad")
+    check_all_paid(watch.world, "bad", "good", "more")
+
+
+@only_v3
+def test_a_recording_without_a_portrait_is_told_and_taken_when_it_comes(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hedra, "RESCAN_S", 0.02)
+    watch.flags = [*QUICK]
+    with watch:
+        drop(watch.world, "anna.wav")
+        watch.until(lambda: watch.lines("anna.png"))
+        drop(watch.world, "ben.wav")
+        watch.until(lambda: watch.lines("ben.png"))
+        assert watch.world.sent == []
+        write_png(watch.folder / "anna.png", 55)
+        watch.wait_for("anna")
+    assert len(watch.lines("anna.png")) == len(watch.lines("ben.png")) == 1
+    check_all_paid(watch.world, "anna")
+
+
+@only_v2
+def test_a_portrait_or_prompt_that_changes_makes_a_new_clip(watch: Watch) -> None:
+    with watch:
+        portrait = write_png(watch.folder / "anna.png", 1)
+        drop(watch.world, "anna.wav")
+        watch.wait_for("anna")
+        write_png(portrait, 2)
+        watch.until(lambda: len(watch.lines("anna: done")) == 2)
+        (watch.folder / "anna.txt").write_text("nods")
+        watch.until(lambda: len(watch.lines("anna: done")) == 3)
+    assert len(watch.world.box.paid) == 3
+    last = watch.world.box.paid[-1]
+    assert (last.sources[0].read_bytes(), last.prompt) == (portrait.read_bytes(), "nods")
+
+
+def test_a_clip_that_fails_does_not_end_the_watcher(watch: Watch) -> None:
+    watch.world.box.fail_with = {"type": "GONE", "message": "No face"}
+    with watch:
+        drop(watch.world, "anna.wav")
+        watch.until(lambda: watch.lines("anna: failed"))
+        watch.world.box.fail_with = None
+        drop(watch.world, "ben.wav")
+        watch.wait_for("ben")
+    (line,) = watch.lines("No face")
+    assert "anna" in line
+    assert set(outputs(watch.world)) == {"ben"}
+    assert len(watch.world.box.paid) == 2
+
+
+@only_v2
+def test_a_folder_that_is_removed_and_made_again_is_watched_again(watch: Watch) -> None:
+    watch.folder.rmdir()
+    with watch:
+        assert len(watch.lines("is not there")) == 1
+        watch.folder.mkdir()
+        watch.until(lambda: watch.lines("watching "))
+        drop(watch.world, "anna.wav")
+        watch.wait_for("anna")
+        shutil.rmtree(watch.folder)
+        watch.until(lambda: len(watch.lines("is not there")) == 2)
+        watch.folder.mkdir()
+        drop(watch.world, "ben.wav")
+        watch.wait_for("ben")
+    assert len(watch.lines("watching ")) == len(watch.lines("is not there")) == 2
+    check_all_paid(watch.world, "anna", "ben")
+
+
+@pytest.mark.parametrize(
+    ("version", "kind"), [("v2", "reset"), ("v3", "503"), ("v2", "credits"), ("v3", "credits")]
+)
+def test_an_outage_is_outlived_with_a_line_each_way(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(hedra, "TRIES", 1)
+    monkeypatch.setattr(hedra, "SUBMIT_TRIES", 1)
+    box, names = watch.world.box, ("anna", "ben", "cleo", "dora")
+    box.credits, box.usd = (2, 0.02) if kind == "credits" else (100, 100.0)
+    if kind != "credits":
+        for verb in ("balance", "price", "models", "model", "create", "upload", "list", "status"):
+            watch.world.fail(verb, kind, 10**6)
+    with watch:
+        drop(watch.world, "anna.wav", "ben.wav")
+        watch.until(lambda: watch.lines("waiting until"))
+        asked = len(watch.world.sent)
+        drop(watch.world, "cleo.wav", "dora.wav")
+        watch.until(lambda: len(watch.world.sent) >= asked + 4)
+        quiet = watch.told.getvalue()
+        watch.until(lambda: len(watch.world.sent) >= asked + 8)
+        assert watch.told.getvalue() == quiet
+        assert outputs(watch.world) == {}
+        watch.world.heal()
+        box.credits, box.usd = 100, 100.0
+        watch.wait_for(*names)
+    assert len(watch.lines("waiting until")) == len(watch.lines("going on")) == 1
+    check_all_paid(watch.world, *names)
+
+
+@only_v3
+def test_a_generation_that_outlasts_the_timeout_is_waited_for_on(watch: Watch) -> None:
+    watch.world.box.render_seconds = 0.3
+    with watch("--timeout", "0.1"):
+        drop(watch.world, "anna.wav")
+        watch.wait_for("anna")
+    check_all_paid(watch.world, "anna")
+
+
+@only_v3
+def test_a_burst_is_queued_and_only_so_many_are_worked_on_at_a_time(
+    ports: sandbox.Server, watch: Watch
+) -> None:
+    names = [f"{n:02}" for n in range(50)]
+    box = watch.world.box
+    box.render_seconds, box.concurrency = 0.001, 2
+    watch.world.environ["HEDRA_BASE_URL"] = ports.url_v3
+    with watch("--jobs", "2", "--poll-interval", "0.02"):
+        drop(watch.world, *(f"{name}.wav" for name in names))
+        until(lambda: len(watch.lines(": done")) == 50, 10)
+        assert len(watch.watcher.crew.threads) == 2
+    check_all_paid(watch.world, *names)
+    assert 429 not in [call.status for call in box.log]
+    assert box.count("upload") == 51
+
+
+@only_v3
+def test_a_recording_that_comes_while_the_folder_is_being_listed_is_not_lost(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, late = hedra.folder_names, threading.Event()
+
+    def listing(folder: Path) -> dict[str, str]:
+        names = real(folder)
+        if not late.is_set():
+            late.set()
+            drop(watch.world, "late.wav")
+            until(lambda: "late.wav" in watch.watcher.touched)
+        return names
+
+    with watch:
+        monkeypatch.setattr(hedra, "folder_names", listing)
+        drop(watch.world, "early.wav")
+        watch.wait_for("early", "late")
+    check_all_paid(watch.world, "early", "late")
+
+
+@only_v3
+def test_a_second_watcher_and_a_batch_on_the_same_folder_are_harmless(watch: Watch) -> None:
+    watch.world.box.render_seconds = 0.1
+    with watch, Watch(watch.world, watch.told) as second:
+        drop(watch.world, "anna.wav", "ben.wav")
+        assert batch(watch.world, "incoming", *QUICK) == 0
+        for one in (watch, second):
+            one.wait_settled("anna.wav")
+            one.wait_settled("ben.wav")
+    check_all_paid(watch.world, "anna", "ben")
+
+
+@only_v2
+def test_polling_sees_what_comes(watch: Watch) -> None:
+    polling = pytest.importorskip("watchdog.observers.polling").PollingObserver
+    watch.observer = functools.partial(polling, timeout=0.02)
+    with watch:
+        drop(watch.world, "anna.wav")
+        write_wav(watch.folder / "ben.wav", seed=9)
+        watch.wait_for("anna", "ben")
+    check_all_paid(watch.world, "anna", "ben")
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_once_does_what_is_there_and_ends_as_batch_does(
+    world: World, capsys: pytest.CaptureFixture[str], bad: bool
+) -> None:
+    fill(world, "anna", "ben", where="incoming")
+    if bad:
+        (world.folder / "incoming/cleo.wav").write_bytes(b"no sound")
+    words = ["watch", "--once", "--img", "friend.png"]
+    assert hedra.main(words, environ=world.environ) == int(bad)
+    told = capsys.readouterr()
+    assert sorted(told.out.splitlines()) == ["output/anna.mp4", "output/ben.mp4"]
+    assert ("cleo" in told.err.splitlines()[-1]) == bad
+    check_all_paid(world, "anna", "ben")
+
+
+class Unit:
+    """A watcher in a process of its own, and what it tells systemd."""
+
+    def __init__(self, world: World, folder: Path, *flags: str) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(folder / "notify"))
+        self.socket.settimeout(10)
+        words = ("watch", "--img", "friend.png", *QUICK, *flags)
+        self.process = start(world, *words, NOTIFY_SOCKET=str(folder / "notify"))
+        self.told: list[str] = []
+
+    def listen_for(self, message: str) -> None:
+        """Until it has said that."""
+        while message not in self.told:
+            self.told += self.socket.recv(100).decode().splitlines()
+
+    def end(self, number: signal.Signals) -> tuple[int, str, str]:
+        """Send a signal; exit status, stdout and stderr, within three seconds."""
+        started = time.monotonic()
+        self.process.send_signal(number)
+        ended = finish(self.process)
+        assert time.monotonic() - started < 3
+        assert "Traceback" not in ended[2]
+        return ended
+
+
+@pytest.fixture
+def start_unit(live: World) -> Iterator[Callable[..., Unit]]:
+    """Start a Unit; the path of its socket is short, as the kernel wants it."""
+    units = []
+    with tempfile.TemporaryDirectory(prefix="hedra") as folder, contextlib.ExitStack() as ends:
+
+        def begin(*flags: str) -> Unit:
+            (Path(folder) / "notify").unlink(missing_ok=True)
+            units.append(Unit(live, Path(folder), *flags))
+            return units[-1]
+
+        yield begin
+        for unit in units:
+            unit.process.kill()
+            unit.process.communicate()
+            ends.callback(unit.socket.close)
+
+
+@pytest.mark.parametrize(
+    ("version", "number", "status", "flags"),
+    [("v3", signal.SIGTERM, 0, ()), ("v2", signal.SIGINT, 130, ("--polling",))],
+)
+def test_a_watcher_that_is_stopped_ends_in_time_and_the_next_one_takes_up(
+    live: World,
+    start_unit: Callable[..., Unit],
+    number: signal.Signals,
+    status: int,
+    flags: tuple[str, ...],
+) -> None:
+    live.box.render_seconds = 600.0
+    age(*fill(live, "anna", "ben", "cleo", where="incoming"))
+    unit = start_unit("--jobs", "2", *flags)
+    unit.listen_for("READY=1")
+    unit.listen_for("WATCHDOG=1")
+    until(lambda: len(live.box.paid) == 2)
+    ended = unit.end(number)
+    assert ended[:2] == (status, "")
+    unit.listen_for("STOPPING=1")
+    assert unit.told.count("READY=1") == 1
+    live.box.render_seconds = 0.0
+    assert batch(live, "incoming", *QUICK) == 0
+    check_all_paid(live, "anna", "ben", "cleo")
+
+
+@only_v2
+def test_a_watcher_that_is_killed_and_started_again_pays_once(
+    live: World, start_unit: Callable[..., Unit]
+) -> None:
+    live.box.render_seconds = 600.0
+    age(*fill(live, "anna", "ben", where="incoming"))
+    unit = start_unit()
+    until(lambda: len(live.box.paid) == 2)
+    unit.process.kill()
+    unit.process.wait()
+    live.box.render_seconds = 0.0
+    unit = start_unit()
+    until(lambda: len(outputs(live)) == 2)
+    unit.end(signal.SIGTERM)
+    check_all_paid(live, "anna", "ben")
+
+
+def test_what_systemd_does_not_hear_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for address in ("/nowhere/notify", "@nowhere"):
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        hedra.notify_systemd("READY=1")
+
+
+# -----------------------------------------------------------------------------
+# README
+# -----------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text()
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command."""
+    (commands,) = (
+        action
+        for action in hedra.build_parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
+    )
+    return dict(commands.choices)
+
+
+def command_lines() -> list[list[str]]:
+    """The words behind the program's name, wherever the README shows a call of it."""
+    text = re.sub(r"(?m)  +#.*$", "", README)
+    found = re.findall(r"(?:hedra_avatar\.py|-m hedra_avatar) +([a-z][^\n`'|>]*)", text)
+    return [shlex.split(line) for line in found]
+
+
+def test_every_command_line_in_the_readme_is_one_that_the_program_takes() -> None:
+    lines = command_lines()
+    assert {words[0] for words in lines} >= {"run", "batch", "watch", "credits"}
+    for words in lines:
+        hedra.build_parser().parse_args(words)
+
+
+def test_every_flag_and_variable_that_is_documented_exists_and_the_reverse() -> None:
+    code = (HERE / "hedra_avatar.py").read_text()
+    flags = {flag for one in parsers().values() for flag in one._option_string_actions}
+    foreign = {"--now", "--user"}  # of systemctl
+    example = (HERE / ".env.example").read_text()
+    for text in (README, example, str(hedra.__doc__)):
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= flags | foreign
+    variables = set(re.findall(r"\b(?:HEDRA_[A-Z_]+|FRIEND_IMG)\b", code))
+    for text in (README, example):
+        told = set(re.findall(r"\b(?:HEDRA_[A-Z_]+|FRIEND_IMG)\b", text))
+        assert told == variables
+    shown = "".join(one.format_help() for one in parsers().values())
+    assert all(flag in shown for flag in flags)
+
+
+def test_the_exit_statuses_of_the_readme_are_those_of_the_help() -> None:
+    told = set(re.findall(r"(?m)^\| (\d+) \|", README))
+    assert told == {"0", "1", "2", "130"}
+    assert told <= set(re.findall(r"\d+", str(hedra.build_parser().epilog)))
+
+
+def test_every_make_target_and_variable_in_the_readme_exists() -> None:
+    text = (HERE / "Makefile").read_text()
+    targets = set(re.findall(r"(?m)^([a-z][a-z-]*):", text))
+    shown = re.findall(r"(?m)(?:^ {4}|`)make((?: +[^\s`#]+)*)", README)
+    words = {word for line in shown for word in line.split() if re.fullmatch("[a-z-]+", word)}
+    assert {"demo", "test", "install", "run"} <= {w for w in words if w[0] != "-"} <= targets
+    for variable in re.findall(r"\b([A-Z]+)=", " ".join(shown)):
+        assert f"$({variable})" in text, variable
+
+
+def test_the_service_files_of_the_readme_can_be_read() -> None:
+    (unit,) = re.findall(r"(?s)```ini\n(.*?)```", README)
+    parsed = configparser.ConfigParser(interpolation=None)
+    parsed.optionxform = str  # type: ignore[assignment, method-assign]
+    parsed.read_string(unit)
+    service = parsed["Service"]
+    assert service["Type"] == "notify"
+    assert service["Restart"] == "on-failure"
+    assert float(service["WatchdogSec"]) > 10
+    assert service["WorkingDirectory"].startswith("%h/")
+    assert "hedra_avatar watch" in service["ExecStart"]
+    (plist,) = re.findall(r"(?s)```xml\n(.*?)```", README)
+    agent = plistlib.loads(plist.encode())
+    assert agent["ProgramArguments"][-1] == "watch"
+    assert agent["ProgramArguments"][0].startswith(agent["WorkingDirectory"])
+    assert agent["KeepAlive"] == {"SuccessfulExit": False}
+
+
+def test_the_python_of_the_readme_names_what_the_module_has() -> None:
+    (code,) = re.findall(r"(?s)```python\n(.*?)```", README)
+    compile(code, "README.md", "exec")
+    names = set(re.findall(r"hedra\.(\w+)\(", code))
+    assert names
+    assert all(callable(getattr(hedra, name)) for name in names)
