@@ -2710,10 +2710,10 @@ def test_the_key_is_told_to_nobody_else(
     world: World, capsys: pytest.CaptureFixture[str], files_server: HTTPServer
 ) -> None:
     world.box.echo_key = True
-    for verb in ("balance", "upload", "submit", "status", "stream", "result", "download"):
+    for verb in ("price", "upload", "submit", "status", "stream", "result", "download"):
         world.fail(verb, "502-html")
     away = files_server.url_for("/away")
-    world.fail("price", "302", value=away)
+    world.fail("balance", "302", value=away)
     assert world.run("-vv") == 0
     world.fail("submit", "404", 9)
     assert world.run("-vv", "--force") == 1
