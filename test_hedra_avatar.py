@@ -4308,3 +4308,168 @@ def test_the_python_of_the_readme_names_what_the_module_has() -> None:
     names = set(re.findall(r"hedra\.(\w+)\(", code))
     assert names
     assert all(callable(getattr(hedra, name)) for name in names)
+
+
+# -----------------------------------------------------------------------------
+# what an attack found
+# -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_batch_whose_output_nobody_reads_still_makes_every_clip(
+    live: World, closed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A closed pipe once killed the workers, and the batch waited for them without end."""
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    names = ("a", "b", "c")
+    fill(live, *names)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, closed, Full())
+        status = batch(live, "--jobs", "2", *QUICK)
+    assert status == (1 if closed == "stdout" else 0)
+    check_all_paid(live, *names)
+
+
+def test_ctrl_c_does_not_wait_for_an_upload(live: World) -> None:
+    uploading, over = threading.Event(), threading.Event()
+
+    def hold(number: int) -> None:
+        if live.sent[number - 1].path.endswith(("/upload", "/files")):
+            uploading.set()
+            over.wait(10)
+            raise sandbox.Drop
+
+    live.before.append(hold)
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = spawn(live)
+    finally:
+        signal.signal(signal.SIGINT, heard)
+    try:
+        assert uploading.wait(20)
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        status, _, _ = finish(process)
+        assert time.monotonic() - started < 2
+        assert status == 130
+    finally:
+        over.set()
+
+
+@pytest.mark.parametrize("which", ["wav", "img"])
+def test_the_video_never_takes_the_place_of_an_input(
+    world: World, which: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file: Path = getattr(world, which)
+    before = file.read_bytes()
+    assert world.run("--out", str(file)) == 1
+    assert "is an input" in capsys.readouterr().err
+    assert file.read_bytes() == before
+    assert "upload" not in world.verbs
+
+
+def boxes(*sizes: int) -> bytes:
+    """An MP4's top-level boxes: ftyp, moov, then mdat ones."""
+    kinds = [b"ftyp", b"moov", *[b"mdat"] * len(sizes)]
+    return b"".join(
+        size.to_bytes(4, "big") + kind + bytes(size - 8)
+        for size, kind in zip(sizes, kinds, strict=False)
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "cut_short"),
+    [
+        (boxes(24, 100, 4000), False),
+        (boxes(24, 100, 4000)[:-1], True),
+        (boxes(24, 100, 4000)[:130], True),
+        (boxes(24, 100)[:100], True),
+        (boxes(24) + b"what no box begins with", False),
+    ],
+)
+def test_a_video_that_came_without_its_length_is_held_to_its_boxes(
+    tmp_path: Path, content: bytes, cut_short: bool
+) -> None:
+    file = tmp_path / ".x.mp4.part"
+    file.write_bytes(content)
+    descriptor = os.open(file, os.O_RDWR)
+    try:
+        assert hedra.is_cut(hedra.Part(file, descriptor, "g")) is cut_short
+    finally:
+        os.close(descriptor)
+
+
+def test_names_that_are_no_utf_8_are_made_and_remembered(world: World) -> None:
+    wav = write_wav(world.folder / os.fsdecode(b"caf\xe9.wav"))
+    assert world.run(wav=wav) == 0
+    before = len(world.verbs)
+    assert world.run(wav=wav) == 0
+    assert len(world.verbs) == before
+    assert len(world.box.paid) == 1
+
+
+def test_a_prompt_and_an_env_file_that_are_no_utf_8_are_told_as_that(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert world.run("--prompt", os.fsdecode(b"caf\xe9")) == 1
+    assert "is not UTF-8" in capsys.readouterr().err
+    (world.folder / ".env").write_bytes(b"# caf\xe9\n")
+    assert world.run() == 1
+    assert ".env is no readable UTF-8" in capsys.readouterr().err
+    assert world.verbs == []
+
+
+def test_two_recordings_that_would_be_one_video_are_not_both_paid(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (one,) = fill(world, "x")
+    other = write_wav(one.with_name("x.WAV"), seed=5)
+    if other.samefile(one):
+        pytest.skip("this file system does not tell them apart")
+    assert batch(world) == 1
+    assert "rename one of them" in capsys.readouterr().err
+    assert len(world.box.paid) == 1
+
+
+def test_the_intent_and_the_generation_are_synced_to_disk_around_the_submit(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(len(world.sent)))
+    assert world.run() == 0
+    submit = next(n for n, sent in enumerate(world.sent, 1) if is_submit(sent))
+    assert synced.count(submit - 1) >= 2  # the record and its folder
+    assert synced.count(submit) >= 2
+
+
+def test_a_long_wait_that_hedra_asks_for_is_told(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.fail("upload", "429", value=90)
+    assert world.run() == 0
+    assert "as Hedra asks for it" in capsys.readouterr().err
+    world.check_paid()
+
+
+@pytest.mark.parametrize(
+    ("interval", "elapsed", "polls", "left", "wait"),
+    [
+        pytest.param(5, 0, 0, None, 0, id="nothing is known: at once"),
+        pytest.param(5, 0, 1, None, 5, id="nothing is known: every interval"),
+        pytest.param(5, 0, 0, 60, 10, id="far from the end: fewer"),
+        pytest.param(5, 46, 3, 14, 7, id="nearer"),
+        pytest.param(5, 0, 0, 2, 2, id="not before the end that is expected"),
+        pytest.param(5, 2, 1, 0, 3, id="never more than every interval would make"),
+        pytest.param(5, 60, 4, -1, 1.25, id="what was saved is spent after the expected end"),
+        pytest.param(5, 60, 12, -1, 1.25, id="as long as some is left"),
+        pytest.param(5, 60, 13, -1, 5, id="and then every interval"),
+    ],
+)
+def test_polls_are_spent_where_the_end_is_expected(
+    interval: float, elapsed: float, polls: int, left: float | None, wait: float
+) -> None:
+    assert hedra.poll_wait_s(interval, elapsed, polls, left) == wait
