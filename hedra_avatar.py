@@ -3556,7 +3556,7 @@ def cmd_watch(args: argparse.Namespace, environ: Mapping[str, str], view: View) 
         stop.set()
         studio.http.governor.stop()
         observer.stop()
-        watcher.crew.stop(1.5)
+        watcher.crew.stop(0.5)
         observer.join(1.0)
     view.say("stopped; generations in flight are in the ledger and taken up by the next start")
     return 0

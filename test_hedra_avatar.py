@@ -3220,12 +3220,12 @@ def test_credits_that_run_out_stop_new_submits_and_let_what_runs_finish(
 
 
 def test_the_limits_of_the_account_slow_a_batch_down_and_fail_nothing(live: World) -> None:
-    names = [f"{n:02}" for n in range(12)]
+    names = [f"{n:02}" for n in range(8)]
     fill(live, *names)
     live.box.render_seconds, live.box.concurrency, live.box.rate = 0.15, 3, (30, 0.3)
-    assert batch(live, "--jobs", "12", "-q", *QUICK) == 0
+    assert batch(live, "--jobs", "8", "-q", *QUICK) == 0
     check_all_paid(live, *names)
-    assert sum(c.verb == "upload" and c.status != 429 for c in live.box.log) == 13
+    assert sum(c.verb == "upload" and c.status != 429 for c in live.box.log) == 9
     asked = [call for call in live.box.log if call.verb != "download"]
     refused = [call for call in asked if call.status == 429]
     assert refused, "the limits were not met"
