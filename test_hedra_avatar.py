@@ -2951,7 +2951,7 @@ raise SystemExit(status)
     assert done.returncode == 0, done.stderr
     assert live.box.paid[0].sources[1].stat().st_size == 24_000_000
     assert (live.folder / "output/large.mp4").stat().st_size == 24_000_000
-    assert int(done.stdout.splitlines()[-1]) < 8_000_000
+    assert int(done.stdout.splitlines()[-1]) < 12_000_000
 
 
 # -----------------------------------------------------------------------------
