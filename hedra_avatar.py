@@ -1294,10 +1294,10 @@ class WebApi:
     def balance(self) -> Balance:
         """What is left, of the workspace where one is set."""
         reply = self.http.call("GET", "/billing/credits")
-        left = field(reply, "remaining", "GET /billing/credits", int)
+        left = field(reply, "remaining", "GET /billing/credits", (int, float))
         pools = reply.get("workspace_credit_pool") or {}
         if pool := pools.get(self.http.account.workspace):
-            left = field(pool, "available", "GET /billing/credits", int)
+            left = field(pool, "available", "GET /billing/credits", (int, float))
         more = {name: reply[name] for name in ("used", "expiring") if name in reply}
         return Balance(left, self.unit, more)
 
