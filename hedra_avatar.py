@@ -2945,10 +2945,6 @@ def attempt(
     try:
         return studio.make(clip, force=force, quote=quote), None
     except Exception as error:  # a worker outlives whatever a clip does to it
-        if studio.view.verbose:
-            import traceback
-
-            studio.view.say(traceback.format_exc())
         which, seconds = str(getattr(error, "generation_id", "")), time.monotonic() - started
         result = Result(clip.name, "failed", "", which, None, studio.api.unit, round(seconds, 3))
         return result._replace(error=explain(error)), error
@@ -2964,6 +2960,14 @@ def allow_files(count: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def tell_traceback(view: View, error: Exception) -> None:
+    """Where an error came from, line by line."""
+    import traceback
+
+    for line in "".join(traceback.format_exception(error)).splitlines():
+        view.say(line)
 
 
 class Crew:
@@ -2997,7 +3001,10 @@ class Crew:
         while item := self.queue.get():
             clip, force, quote = item
             try:
-                self.report(clip, *attempt(self.studio, clip, force=force, quote=quote))
+                result, error = attempt(self.studio, clip, force=force, quote=quote)
+                if error and self.studio.view.verbose:
+                    tell_traceback(self.studio.view, error)
+                self.report(clip, result, error)
             finally:  # whatever happens, `join` must not wait for this clip
                 with self.idle:
                     self.waiting -= 1
