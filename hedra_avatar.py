@@ -3,61 +3,73 @@
 # requires-python = ">=3.11"
 # dependencies = ["urllib3>=2.2,<3", "tqdm", "watchdog", "python-dotenv"]
 # ///
-"""Turn a portrait and a voice recording into a talking-avatar video, and never pay twice for it.
+"""Turn a portrait and a voice into a talking-avatar video with Hedra, and never pay twice for it.
 
-From a shell:
+From a shell, and from Python:
 
     export HEDRA_API_KEY=...                # either kind of key; a .env file will do as well
     python hedra_avatar.py run --wav hello.wav --img friend.png       # -> output/hello.mp4
-    python hedra_avatar.py credits
-
-From Python:
+    python hedra_avatar.py run --say 'Good morning!' --voice Maya --img friend.png
+    python hedra_avatar.py batch --img friend.png                     # a folder of recordings
 
     import hedra_avatar as hedra
-    image = hedra.upload(Path("friend.png"), "image", key)
-    audio = hedra.upload(Path("hello.wav"), "audio", key)
-    generation = hedra.start_generation(image, audio, "A person talks to the camera.", key)
-    video = hedra.wait_and_download(generation, Path("output"), key)
+    hedra.make_video(Path("hello.wav"), Path("friend.png"), Path("hello.mp4"), key)
 
-A clip is its content: the bytes of portrait and recording, the prompt, resolution, aspect ratio,
-model and account. The ledger under `.cache/` remembers by it what was asked of Hedra and what came
-back, so whatever fails, is killed, is rerun or races, a clip is paid for once. Run the same command
-again and it takes up where the last one stopped; `--force` pays for a new take.
+A clip is its content: the bytes of portrait and recording (or a text and a voice), the prompt,
+resolution, aspect ratio, model and account. The ledger under `.cache/` remembers by it what was
+asked of Hedra and what came back, so whatever fails, is killed, is rerun or races, a clip is paid
+for once: run the same command again and it takes up where the last one stopped; `--force` pays
+for a new take.
 
 Hedra has two APIs. A key with a colon belongs to the jobs API (v3, US dollars), any other to the
-web API (v2, credits); nothing else needs to be said. Facts about them are from Hedra's OpenAPI
-documents unless a comment says otherwise. Linux and macOS (the ledger's locks are flock's).
-
-Read it from top to bottom: every name is defined before it is used.
+web API (v2, credits). Facts about them are from Hedra's OpenAPI documents unless a comment says
+otherwise. Linux and macOS (the ledger's locks are fcntl's). Every name is defined before its use.
 """
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 (said before what an older one has not got)
+    WORDS = "hedra_avatar needs Python 3.11 or newer, and this is %d.%d" % sys.version_info[:2]  # noqa: UP031
+    raise SystemExit(WORDS) if __name__ == "__main__" else ImportError(WORDS)
+
+if __name__ == "__main__":  # Ctrl-C while the rest is still being imported
+    import os
+    import signal
+
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import contextlib
 import functools
+import io
 import json
 import math
 import os
 import re
-import sys
+import shutil
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, ParamSpec, TypeVar
-from urllib.parse import quote, urlencode, urljoin, urlsplit
+from stat import S_ISREG
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, ParamSpec, TypeVar
+from urllib.parse import quote, unquote, urlencode, urljoin, urlsplit
 
 if TYPE_CHECKING:
     import urllib3
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
+__all__ = [  # what pydoc shows; the children of HedraError are public as well
+    "make_video", "make_speech", "create_asset", "upload_asset", "upload", "get_default_model_id",
+    "start_generation", "wait_and_download", "get_credit_balance", "get_balance", "get_voices",
+    "retry", "main", "HedraError",
+]
 
 
-# -----------------------------------------------------------------------------
-# settings
-# -----------------------------------------------------------------------------
-
+# ---- settings -----------------------------------------------------------------------------------
 
 BASE_URLS = {"v2": "https://api.hedra.com/web-app/public", "v3": "https://api.hedra.com/v3"}
 DEFAULT_PROMPT = "A person talks to the camera, natural expression, gentle movement of the head."
@@ -65,28 +77,45 @@ RESOLUTIONS = ("540p", "720p", "1080p")
 ASPECT_RATIOS = ("9:16", "16:9", "1:1", "4:3", "3:4", "9:21", "21:9")
 
 CONNECT_TIMEOUT_S = 10.0
-SILENCE_TIMEOUT_S = 60.0  # without a byte
-TRIES = 5  # of one request, the first included
-PATIENCE = 40  # refusals for rate in a row before a request is given up
+SILENCE_TIMEOUT_S = 60.0  # without an answer, or without progress in a download
+TRIES, SUBMIT_TRIES = 5, 6  # of one request, the first included
+PATIENCE = 40  # refusals for rate in a row, where no deadline says when to stop
 POLL_FAILURES = 15  # in a row, before waiting for a generation is given up
-SUBMIT_TRIES = 4
 GRACE_S = 30.0  # after a submit, a status of 404 may still mean "not yet"
-MAX_RETRY_AFTER_S = 300.0  # a server that asks for more is not waited for
+FORCE_AFTER_S = 3600.0  # a take in flight that is younger is taken up by --force as well
+KEPT_S = 48 * 3600.0  # so long the jobs API keeps what it has made
+LONGEST_RETRY_AFTER_S = 300.0  # that is waited for where there is no deadline
 MODEL_AGE_S = 86_400.0  # then the catalogue is asked again, for the price
-AHEAD = 2  # clips that upload while all places for generations are taken
 BLOCK_BYTES = 1 << 20
-LONG_HASH_BYTES = 16 << 20  # a file of this size takes as long to hash as a request
+ANSWER_BYTES, EVENT_BYTES, VIDEO_BYTES = 16 << 20, 1 << 20, 8 << 30  # none of Hedra's is longer
+PROMPT_BYTES, TEXT_BYTES = 64 << 10, 256 << 10  # of a prompt, of a text to be spoken
+PROGRESS_BYTES = 16 << 10  # a download that gets less in SILENCE_TIMEOUT_S stands still
+CHARS_PER_S = 15.0  # of speech, before anybody has spoken it
 
 
-# -----------------------------------------------------------------------------
-# errors: HedraError, and those of its children that somebody catches
-# -----------------------------------------------------------------------------
+# ---- errors: HedraError, and those of its children that somebody catches ------------------------
+
+LATER = "run the same command again later; what was paid for by then is not lost"
 
 
 class HedraError(Exception):
-    """Whatever this module has to report: what happened, to what, and what to do next."""
+    """What happened, to what, and what to do next. `code`, `words` and `trace_id` are Hedra's own,
+    `retry_after` is in seconds, `generation_id` is of what is paid for and not lost."""
 
-    retryable = False
+    status: int | None = None  # of HTTP; None: no answer
+    code = words = trace_id = generation_id = ""
+    retry_after: float | None = None
+    retryable = ambiguous = False  # the same may succeed later; it may have been carried out
+    transient = False  # of a failed generation: Hedra says that it may pass
+    unreachable = False  # Hedra could not be reached
+
+    def __init__(self, message: str, **evidence: Any) -> None:
+        super().__init__(message)
+        self.__dict__.update(evidence)
+
+    def add(self, text: str) -> None:
+        """Say more."""
+        self.args = (f"{self}; {text}",)
 
 
 class InputError(HedraError):
@@ -94,7 +123,7 @@ class InputError(HedraError):
 
 
 class Unfinished(InputError):
-    """A recording that is not all there: cut short, or still being written."""
+    """A file that is not all there: cut short, or still being written."""
 
 
 class Stopped(HedraError):
@@ -102,22 +131,7 @@ class Stopped(HedraError):
 
 
 class ApiError(HedraError):
-    """A request that did not get the answer it should have.
-
-    `status` is of HTTP (None: no answer), `code` and `words` are the server's own, `trace_id` is
-    what Hedra's support asks for, `retry_after` is in seconds. `retryable`: the same request may
-    succeed later; `ambiguous`: it may have been carried out all the same.
-    """
-
-    def __init__(
-        self, message: str, *, status: int | None = None, code: str = "", words: str = "",
-        trace_id: str = "", retry_after: float | None = None, retryable: bool = False,
-        ambiguous: bool = False,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.code, self.words, self.trace_id = status, code, words, trace_id
-        self.retry_after, self.retryable, self.ambiguous = retry_after, retryable, ambiguous
-        self.sent_at = 0.0  # of a refused request, by time.monotonic()
+    """A request that did not get the answer it should have."""
 
 
 class RateLimited(ApiError):
@@ -128,28 +142,16 @@ class OutOfCredits(ApiError):
     """The balance does not cover the price. Nothing was paid."""
 
 
-class ModelGone(HedraError):
-    """Hedra no longer knows the model that was remembered."""
-
-
 class GenerationFailed(HedraError):
-    """Hedra ended `generation_id` without a video; `transient`: it says that may pass by itself."""
-
-    def __init__(self, message: str, *, generation_id: str, transient: bool = False) -> None:
-        super().__init__(message)
-        self.generation_id, self.transient = generation_id, transient
+    """Hedra ended `generation_id` without a result."""
 
 
 class StillRunning(HedraError, TimeoutError):
-    """The deadline passed first. `generation_id` goes on at Hedra and is not lost."""
-
-    def __init__(self, message: str, *, generation_id: str = "") -> None:
-        super().__init__(message)
-        self.generation_id = generation_id
+    """The time given was over first. What is at work at Hedra goes on and is not lost."""
 
 
 def printable(text: object) -> str:
-    """Text for one line of a log: file names are data and may hold line breaks and escapes."""
+    """Text for one line of a log: file names and answers may hold line breaks and escapes."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
@@ -165,21 +167,36 @@ def explain(error: BaseException) -> str:
 
 def need(package: str) -> Any:
     """Import a package where it is first used, or say in one line what to install."""
-    from importlib import import_module
-
     try:
         return import_module(package)
     except ImportError as error:
-        raise InputError(
-            f"the package {error.name or package} is missing: python -m pip install "
-            "'urllib3>=2.2,<3' tqdm watchdog python-dotenv (in the repository: make install)"
-        ) from error
+        how = "python -m pip install 'urllib3>=2.2,<3' tqdm watchdog python-dotenv"
+        raise InputError(f"the package {error.name or package} is missing: {how}") from error
 
 
-# -----------------------------------------------------------------------------
-# account: Account, open_account
-# -----------------------------------------------------------------------------
+def amount(value: float | None, unit: str) -> str:
+    """An amount of money to read: `12 credits`, `$1.20`, `?` where nobody knows."""
+    if value is None:
+        return "?"
+    if unit == "USD":
+        return f"${value:.2f}"
+    return f"{value:.10g} {unit}" if value != 1 else f"1 {unit.removesuffix('s')}"
 
+
+def total(values: Iterable[float | None]) -> float | None:
+    """A sum, None where one of the values is not known."""
+    found = list(values)
+    return None if None in found else round(sum(value or 0.0 for value in found), 6)
+
+
+def parse_number(text: str | bytes) -> float | None:
+    """A finite number that is not negative, from outside; None for anything else."""
+    with contextlib.suppress(ValueError):
+        return value if 0 <= (value := float(text)) < math.inf else None
+    return None
+
+
+# ---- account: Account, open_account -------------------------------------------------------------
 
 def digest_of(*parts: str) -> str:
     """A 128-bit hexadecimal digest of some text."""
@@ -205,110 +222,356 @@ class Account(NamedTuple):
         """A name for the account that does not tell the key."""
         return digest_of("account", self.key, self.base_url, self.workspace)[:16]
 
+    @property
+    def mismatch(self) -> str:
+        """What to say where the base URL is plainly of the API that the key is not of, or ""."""
+        mine, other = ("v3", "v2") if ":" in self.key else ("v2", "v3")
+        wrong = self.base_url.endswith(urlsplit(BASE_URLS[other]).path)
+        text = f"HEDRA_BASE_URL is of the {other} API, this key of {mine}: unset it or use its key"
+        return text if wrong else ""
 
-def mismatch(account: Account) -> str:
-    """What to say where the base URL is plainly of the API that the key is not of."""
-    mine, other = ("v3", "v2") if ":" in account.key else ("v2", "v3")
-    if not account.base_url.endswith(urlsplit(BASE_URLS[other]).path):
-        return ""
-    return f"HEDRA_BASE_URL is of the {other} API and this key of {mine}: unset it or use its key"
+
+def setting(environ: Mapping[str, str], name: str, default: str = "") -> str:
+    """A variable of the environment, without blanks around it; an empty one is absent."""
+    return (environ.get(name) or "").strip() or default
 
 
 def clean_key(raw: str) -> str:
     """The key without what pasting adds; raises InputError, never showing it."""
     key = raw.strip().strip("\ufeff").strip()
     if not key:
-        raise InputError(
-            "no API key: set HEDRA_API_KEY, or write HEDRA_API_KEY=... into a file named .env "
-            "(without a key, `make demo` shows the whole thing in a sandbox)"
-        )
+        way = "set HEDRA_API_KEY, here or in a file named .env (`make demo` needs none)"
+        raise InputError(f"no API key: {way}")
     if key.isascii() and key.isprintable():
         return key
-    raise InputError(
-        "HEDRA_API_KEY has a line break or another character in it that no key has: copy it again "
-        "from Hedra's console, as one line"
-    )
+    raise InputError("HEDRA_API_KEY has a line break or a character that no key has: copy it again")
 
 
 def clean_url(raw: str) -> str:
-    """A web address without its last slash; raises InputError for plain http, except to this very
-    machine, as it would carry key and video over the network in clear text."""
+    """A web address without its last slash; raises InputError, also for http to other machines."""
     url = raw.strip().rstrip("/")
-    try:
+    with contextlib.suppress(ValueError):  # the port is no port
         parts = urlsplit(url)
-        wrong = parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
-    except ValueError:  # the port is no port
-        wrong = True
-    if wrong or "@" in parts.netloc:
-        raise InputError(f"not a web address: {printable(url)!r} (is HEDRA_BASE_URL right?)")
-    if parts.scheme == "http" and not re.fullmatch(
-        r"localhost|::1|127(\.\d{1,3}){3}", parts.hostname or ""
-    ):
-        raise InputError(f"refused: http://{parts.netloc} is not encrypted; use https://")
-    return url
+        if parts.hostname and parts.port != 0 and "@" not in parts.netloc:
+            local = re.fullmatch(r"localhost|::1|127(\.\d{1,3}){3}", parts.hostname)
+            if parts.scheme == "https" or (parts.scheme == "http" and local):
+                return url
+            if parts.scheme == "http":
+                raise InputError(f"refused: http://{parts.netloc} is not encrypted; use https://")
+    raise InputError(f"not a web address: {printable(url)!r} (is HEDRA_BASE_URL right?)")
 
 
 def open_account(api_key: str, environ: Mapping[str, str] | None = None) -> Account:
     """The account behind a key, with HEDRA_BASE_URL, HEDRA_WORKSPACE_ID, HEDRA_CACHE_DIR and
     HEDRA_HTTP_TIMEOUT (seconds) read from `environ` (default: os.environ). Raises InputError."""
     environ, key = os.environ if environ is None else environ, clean_key(api_key)
-    url = environ.get("HEDRA_BASE_URL") or BASE_URLS["v3" if ":" in key else "v2"]
-    cache, silence = environ.get("HEDRA_CACHE_DIR"), environ.get("HEDRA_HTTP_TIMEOUT")
-    try:
-        silence_s = float(silence or SILENCE_TIMEOUT_S)
-    except ValueError:
-        silence_s = 0.0
-    if not 0 < silence_s < math.inf:
-        raise InputError(f"HEDRA_HTTP_TIMEOUT is {printable(silence)!r}: give seconds, as in 60")
-    workspace = environ.get("HEDRA_WORKSPACE_ID") or ""
+    url = setting(environ, "HEDRA_BASE_URL", BASE_URLS["v3" if ":" in key else "v2"])
     if "?" in url or "#" in url:
         raise InputError("HEDRA_BASE_URL takes no ? and no #: it is the start of every address")
-    return Account(key, clean_url(url), workspace, Path(cache or ".cache"), silence_s)
+    raw = setting(environ, "HEDRA_HTTP_TIMEOUT", f"{SILENCE_TIMEOUT_S}")
+    if not (silence_s := parse_number(raw)):
+        raise InputError(f"HEDRA_HTTP_TIMEOUT is {printable(raw)!r}: give seconds, as in 60")
+    workspace, cache = setting(environ, "HEDRA_WORKSPACE_ID"), setting(environ, "HEDRA_CACHE_DIR")
+    return Account(key, clean_url(url), workspace, Path(cache or ".cache"), min(silence_s, 86_400))
 
 
-# -----------------------------------------------------------------------------
-# data: what files and replies hold; inspect_file, parse_status, parse_price, choose_model,
-#       parse_error
-# -----------------------------------------------------------------------------
-
+# ---- media: Media, Film, inspect_file, inspect_film ---------------------------------------------
 
 Kind = Literal["image", "audio"]
+LIMITS = {
+    "image": (10_485_760, "a PNG, JPEG or WebP image"),
+    "audio": (104_857_600, "a WAV, MP3, M4A, FLAC, Ogg or AIFF recording"),
+}
+MIN_SECONDS, MAX_SECONDS = 0.5, 600
+SIGNATURES = {  # of the first bytes
+    "image/png": rb"\x89PNG\r\n\x1a\n", "image/jpeg": rb"\xff\xd8\xff",
+    "image/webp": rb"RIFF....WEBP", "audio/wav": rb"(RIFF|RF64)....WAVE",
+    "audio/aiff": rb"FORM....AIF[FC]", "audio/flac": rb"fLaC", "audio/ogg": rb"OggS",
+    "audio/mp4": rb"....ftyp(M4[ABV] |mp4[12]|iso[m2-9]|dash|avc1|3g[p2].|MSNV|qt  )",
+    # A tag, or a frame: sync, MPEG 1, 2 or 2.5, layer III, a bit rate and a sampling rate.
+    "audio/mpeg": rb"ID3|\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xeb]",
+}
 
+
+class Media(NamedTuple):
+    """What a file is. `seconds` is None where nobody here can tell; `digest` is of its bytes."""
+
+    content_type: str = ""
+    size_bytes: int = 0
+    seconds: float | None = None
+    digest: str = ""
+
+
+class Film(NamedTuple):
+    """What a whole MP4 holds; `seconds` is 0 where it does not say."""
+
+    seconds: float
+    has_sound: bool
+
+
+def open_regular(file: Path) -> io.BufferedReader:
+    """Open a file to read; InputError for a pipe or a device, which may run for ever. OSError."""
+    if S_ISREG(os.stat(file).st_mode):
+        return open(file, "rb")
+    raise InputError(f"{printable(file)} is not a file: give the path of one")
+
+
+def signature(file: Path | str) -> str:
+    """What changes when a file does: size, times and inode."""
+    stat = os.stat(file)
+    return f"{stat.st_size}.{stat.st_mtime_ns}.{stat.st_ctime_ns}.{stat.st_ino}"
+
+
+def sniff(head: bytes, kind: str) -> str:
+    """The content type that a file's first bytes show, "" where it is not of that kind."""
+    found = (name for name, mark in SIGNATURES.items() if re.match(mark, head, re.DOTALL))
+    return next((name for name in found if name.startswith(kind)), "")
+
+
+def wav_seconds(stream: IO[bytes], size: int) -> float:
+    """The duration that a WAV header promises; raises Unfinished unless the file holds it all."""
+    at, name, length, rate, wide = 12, b"", 0, 0, 0
+    for _ in range(10_000):
+        stream.seek(at)
+        head = stream.read(24)
+        name, length, at = head[:4], int.from_bytes(head[4:8], "little"), at + 8
+        if name == b"data" or len(head) < 8:
+            break
+        if name == b"ds64":  # of an RF64, whose other lengths are too short for it
+            wide = int.from_bytes(head[16:24], "little")
+        elif name == b"fmt ":
+            rate = int.from_bytes(head[16:20], "little")
+        at += length + length % 2
+    promised, there = (wide or length, max(0, size - at)) if name == b"data" else (0, 0)
+    if not promised or promised > there:
+        piped = " (to a file, not to a pipe)" if promised > 0xFFFF_0000 else ""
+        text = f"its header promises {promised:,} bytes of sound and {there:,} are there"
+        raise Unfinished(f"{text}; export or copy it again{piped}")
+    if not rate:
+        raise InputError("it is a damaged WAV: its header has no byte rate")
+    return promised / rate
+
+
+def probed_seconds(file: Path) -> float | None:
+    """The duration by ffprobe, None where there is none or it cannot tell; raises Unfinished for
+    what it cannot read."""
+    import subprocess
+
+    words = ["ffprobe", "-v", "error", "-show_entries", "format=duration", "-of", "csv=p=0"]
+    words += [os.path.abspath(file)]  # so that no name is taken for a flag or a protocol
+    null = subprocess.DEVNULL
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            words, stdin=null, stdout=subprocess.PIPE, stderr=null, timeout=10, check=False
+        )
+        if done.returncode == 1:
+            raise Unfinished("ffprobe cannot read it; copy or export it again")
+        return parse_number(done.stdout) or None
+    return None
+
+
+def is_whole(data: bytes, content_type: str, size: int) -> bool:
+    """Whether a file reaches its end; `data` is all of an image, or the head of a recording."""
+    if content_type == "image/png":
+        return b"IEND\xaeB`\x82" in data
+    if content_type == "image/jpeg":
+        return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda") > 0  # a preview's end is before
+    if content_type in ("image/webp", "audio/aiff"):
+        riff = content_type == "image/webp"
+        return int.from_bytes(data[4:8], "little" if riff else "big") + 8 <= size
+    if data.startswith(b"ID3"):  # the size of a tag is written in bytes of seven bits
+        return size > 10 + functools.reduce(lambda n, byte: n << 7 | byte & 127, data[6:10], 0)
+    return size > 100
+
+
+def iter_boxes(stream: IO[bytes], at: int, end: int) -> Iterator[tuple[bytes, int, bytes]]:
+    """Name, end and first bytes of each box of an MP4, and of those in `moov` that tell of its
+    tracks; an outer one that is cut ends beyond `end`."""
+    for _ in range(100_000):
+        if at >= end:
+            return
+        stream.seek(at)
+        data = stream.read(48)
+        name, length, body = data[4:8], int.from_bytes(data[:4], "big"), 8
+        if length == 1:
+            length, body = int.from_bytes(data[8:16], "big"), 16
+        elif length == 0:  # the box goes on to the end of the file, wherever that is
+            length = end - at
+        stop = at + length if len(data) >= 8 and length >= body else end + 1
+        yield name, stop, data[body:]
+        if name in (b"moov", b"trak", b"mdia"):
+            for inner, _, content in iter_boxes(stream, at + body, min(stop, end)):
+                yield inner, 0, content
+        at = stop
+
+
+def read_film(stream: IO[bytes]) -> Film | None:
+    """What an MP4 holds, None where its `ftyp`, `moov` and `mdat` are not all whole."""
+    names, seconds, sound = set[bytes](), 0.0, False
+    size = os.fstat(stream.fileno()).st_size
+    for name, stop, data in iter_boxes(stream, 0, size):
+        if stop > size or (not names and name != b"ftyp"):
+            return None
+        names.add(name)
+        if name == b"mvhd":
+            at, width = (20, 8) if data[:1] == b"\x01" else (12, 4)
+            scale = int.from_bytes(data[at : at + 4], "big")
+            length = int.from_bytes(data[at + 4 : at + 4 + width], "big")
+            seconds = length / scale if scale else 0.0
+        sound = sound or (name == b"hdlr" and data[8:12] == b"soun")
+    return Film(seconds, sound) if {b"ftyp", b"moov", b"mdat"} <= names else None
+
+
+def inspect_open(stream: IO[bytes], file: Path, kind: Kind) -> Media:
+    """What an open file is; raises InputError that does not name it yet."""
+    size, (limit, wanted) = os.fstat(stream.fileno()).st_size, LIMITS[kind]
+    data = stream.read(limit if kind == "image" else 64)
+    if not (content_type := sniff(data, kind)):
+        if size < 44 and any(mark.startswith(data[:4]) for mark in (b"RIFF", b"\x89PNG")):
+            raise Unfinished(f"it is empty or cut short: give {wanted}")
+        raise InputError(f"it is something else: give {wanted}")
+    if size > limit:
+        raise InputError(f"it has {size:,} bytes; Hedra takes at most {limit:,}")
+    cut = not is_whole(data, content_type, size)
+    if cut or (content_type == "audio/mp4" and read_film(stream) is None):
+        raise Unfinished("it ends too early; copy or export it again")
+    if kind == "image":
+        return Media(content_type, size)
+    wav = content_type == "audio/wav"
+    seconds = wav_seconds(stream, size) if wav else probed_seconds(file)
+    if seconds is not None and not MIN_SECONDS <= seconds <= MAX_SECONDS:
+        raise InputError(f"it lasts {seconds:.2f} s; Hedra takes {MIN_SECONDS} to {MAX_SECONDS} s")
+    return Media(content_type, size, seconds)
+
+
+def inspect_file(file: Path, kind: Kind) -> Media:
+    """Look at a file before anything is sent; raises InputError that names it."""
+    name = printable(file)
+    try:
+        with open_regular(file) as stream:
+            return inspect_open(stream, file, kind)
+    except FileNotFoundError:
+        raise InputError(f"{name} does not exist: give the path of {LIMITS[kind][1]}") from None
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror}") from error
+    except Unfinished as error:
+        raise Unfinished(f"{name} is cut short or still being written: {error}") from None
+    except InputError as error:
+        raise InputError(f"{name} cannot be used: {error}") from None
+
+
+def inspect_speech(file: Path) -> Media | None:
+    """What a recording is, None where it is not whole or no sound."""
+    with contextlib.suppress(InputError):
+        return inspect_file(file, "audio")
+    return None
+
+
+def content_digest(file: Path) -> str:
+    """The digest of a whole file, by what is fast on every processor."""
+    import hashlib
+
+    with open_regular(file) as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def video_digest(file: Path) -> str:
+    """The digest of sixteen samples and the size: tells one take from another at any size."""
+    import hashlib
+
+    with open_regular(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+        for n in range(16):
+            stream.seek(max(0, size - 65536) * n // 15)
+            digest.update(stream.read(65536))
+    return digest.hexdigest()
+
+
+def inspect_film(file: Path) -> Film | None:
+    """What a video holds, None where it is not whole. Raises OSError."""
+    with open_regular(file) as stream:
+        return read_film(stream)
+
+
+# ---- replies: Reply, parse_status, parse_model, parse_price, parse_error ------------------------
+
+T = TypeVar("T")
+VIDEO, SPEECH = "video", "speech"
 QUEUED, PROCESSING, FINALIZING = "queued", "processing", "finalizing"
 COMPLETE, FAILED = ENDED = ("complete", "failed")
 STATES = {
     "queued": QUEUED, "in_queue": QUEUED, "pending": QUEUED,
     "processing": PROCESSING, "in_progress": PROCESSING, "finalizing": FINALIZING,
     "complete": COMPLETE, "completed": COMPLETE, "succeeded": COMPLETE,
-    "error": FAILED, "failed": FAILED,
+    "error": FAILED, "failed": FAILED, "cancelled": FAILED, "canceled": FAILED,
 }
-LIMITS = {
-    "image": (10_485_760, "a PNG, JPEG or WebP image"),
-    "audio": (104_857_600, "a WAV, MP3, M4A, FLAC, Ogg or AIFF recording"),
-}
-MIN_SECONDS, MAX_SECONDS = 0.5, 600.0
-SIGNATURES = (  # of the first bytes: start, where, what, type
-    (b"\x89PNG", 0, b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff", 0, b"\xff\xd8\xff", "image/jpeg"),
-    (b"RIFF", 8, b"WEBP", "image/webp"), (b"RIFF", 8, b"WAVE", "audio/wav"),
-    (b"FORM", 8, b"AIF", "audio/aiff"), (b"fLaC", 0, b"fLaC", "audio/flac"),
-    (b"OggS", 0, b"OggS", "audio/ogg"), (b"", 4, b"ftypM4A", "audio/mp4"),
-    (b"", 4, b"ftypmp42", "audio/mp4"), (b"", 4, b"ftypisom", "audio/mp4"),
-    (b"ID3", 0, b"ID3", "audio/mpeg"), (b"\xff", 1, b"\xfb", "audio/mpeg"),
-    (b"\xff", 1, b"\xf3", "audio/mpeg"), (b"\xff", 1, b"\xf2", "audio/mpeg"),
-    (b"\xff", 1, b"\xfa", "audio/mpeg"),
-)
 
 
-class Media(NamedTuple):
-    """What a file is: `seconds` is known of WAV only."""
+class Reply:
+    """What came from outside: an answer, an event, a line of the cache. The one place that looks
+    into foreign data: a field that is absent or of another type than asked for reads as absent."""
 
-    content_type: str
-    size_bytes: int
-    seconds: float | None = None
+    def __init__(self, values: Any, where: str = "") -> None:
+        self.values: dict[str, Any] = values if isinstance(values, dict) else {}
+        self.where = where
+
+    def text(self, *names: str) -> str:
+        """The first of some fields that is a text and not blank, else ""."""
+        found = (self.values.get(name) for name in names)
+        return next((v for v in found if isinstance(v, str) and v.strip()), "")
+
+    def number(self, *names: str) -> float | None:
+        """The first of some fields that is a finite number, else None."""
+        found = (self.values.get(name) for name in names)
+        numbers = (v for v in found if isinstance(v, int | float) and not isinstance(v, bool))
+        return next((v for v in numbers if abs(v) <= sys.float_info.max), None)
+
+    def figure(self, name: str, default: float) -> float:
+        """A number, `default` where the field is absent, NaN where it is something else."""
+        found, absent = self.number(name), self.values.get(name) is None
+        return found if found is not None else default if absent else math.nan
+
+    def flag(self, name: str) -> bool:
+        """Whether a field is true."""
+        return self.values.get(name) is True
+
+    def part(self, name: str) -> Reply:
+        """The object in a field, an empty one where there is none."""
+        return Reply(self.values.get(name), self.where)
+
+    def rows(self, name: str) -> list[Reply] | None:
+        """The objects in a list, None where the field is no list of objects."""
+        rows = self.values.get(name)
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            return None
+        return [Reply(row, self.where) for row in rows]
+
+    def texts(self, name: str) -> list[str]:
+        """The texts in a list, or the one in place of a list."""
+        values = self.values.get(name)
+        values = values if isinstance(values, list) else [values]
+        return [value for value in values if isinstance(value, str) and value.strip()]
+
+    def must(self, read: Callable[[str], T | None], name: str) -> T:
+        """A field that has to be there; raises ApiError that names it."""
+        value = read(name)
+        if value is None or value == "":
+            text = f"Hedra's answer to {self.where} has no {name!r} that could be right; {LATER}"
+            raise ApiError(text, ambiguous=True, retryable=True)
+        return value
+
+
+def read_json(text: str | bytes) -> Any:
+    """JSON as a value; ValueError also for what is nested too deep to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 class Status(NamedTuple):
-    """One look at a generation. `progress` is 0..1; `eta_s` is seconds from now."""
+    """One look at a generation. `progress` is 0..1; `cost` is what Hedra has billed."""
 
     state: str
     progress: float | None = None
@@ -316,15 +579,7 @@ class Status(NamedTuple):
     asset_id: str = ""
     failure: str = ""
     transient: bool = False
-    eta_s: float | None = None
     cost: float | None = None
-
-
-class Job(NamedTuple):
-    """A generation that Hedra has accepted; `eta_s` is seconds from now."""
-
-    id: str
-    eta_s: float | None = None
 
 
 class Asset(NamedTuple):
@@ -358,294 +613,206 @@ class Balance(NamedTuple):
     more: dict[str, Any] = {}
 
 
-class Order(NamedTuple):
-    """All that a submit says. `reserved`: the generation id (v2), the idempotency key (v3)."""
+class Voice(NamedTuple):
+    """Who can speak; `labels` are such as gender, accent, age, language."""
 
-    image: str
-    audio: str
-    prompt: str
+    id: str
+    name: str
+    labels: dict[str, str] = {}
+    preview_url: str = ""
+
+
+class Order(NamedTuple):
+    """All that a submit says of a video or a speech."""
+
+    kind: str
+    prompt: str  # of a speech: its text
     model: Model
+    reserved: str = ""  # the generation id (v2), the idempotency key (v3)
+    image: str = ""
+    audio: str = ""
     resolution: str = "540p"
     aspect_ratio: str = "9:16"
-    reserved: str = ""
+    settings: Mapping[str, Any] = {}
+    voice: str = ""
 
 
-def amount(value: float, unit: str) -> str:
-    """An amount of money to read: `12 credits`, `$1.20`."""
-    if unit == "USD":
-        return f"${value:.2f}"
-    return f"{value:.10g} {unit}" if value != 1 else f"1 {unit.removesuffix('s')}"
-
-
-def sniff(head: bytes, kind: str) -> str:
-    """The content type that a file's first bytes show, "" where it is not of that kind."""
-    for start, offset, mark, content_type in SIGNATURES:
-        matches = head.startswith(start) and head[offset:].startswith(mark)
-        if matches and content_type.startswith(kind):
-            return content_type
-    return ""
-
-
-def wav_seconds(file: Path, size: int) -> float:
-    """The duration that a WAV header promises; raises Unfinished unless the file holds it all."""
-    rate, promised, there = 0, 0, 0
-    with file.open("rb") as stream:
-        stream.seek(12)
-        while len(header := stream.read(8)) == 8:
-            name, length = header[:4], int.from_bytes(header[4:], "little")
-            if name == b"data":
-                promised, there = length, size - stream.tell()
-                break
-            body = stream.read(min(16, length)) if name == b"fmt " else b""
-            rate = int.from_bytes(body[8:12], "little") if body else rate
-            stream.seek(length + length % 2 - len(body), os.SEEK_CUR)
-    if len(header) < 8 or not promised or promised > there:
-        raise Unfinished(
-            f"{printable(file)} is cut short or still being written: its header promises "
-            f"{promised:,} bytes of sound and {there:,} are there; export or copy it again"
-            + (" (to a file, not to a pipe)" if promised > 0xFFFF_0000 else "")
-        )
-    if not rate:
-        raise InputError(f"{printable(file)} is a damaged WAV: its header has no byte rate")
-    return promised / rate
-
-
-def inspect_file(file: Path, kind: Kind) -> Media:
-    """Look at a file before anything is sent; raises InputError that names it."""
-    name, (limit, wanted) = printable(file), LIMITS[kind]
-    try:
-        if not file.is_file():
-            problem = "is not a file" if file.exists() else "does not exist"
-            raise InputError(f"{name} {problem}: give the path of {wanted}")
-        with file.open("rb") as stream:
-            size, head = os.fstat(stream.fileno()).st_size, stream.read(16)
-        content_type, seconds = sniff(head, kind), None
-        if not content_type:
-            short = size < 44 and (not size or head.startswith(b"RIFF"[:size]))
-            problem = "is empty or cut short" if short else "is something else"
-            raise (Unfinished if short else InputError)(f"{name} {problem}: give {wanted}")
-        if size > limit:
-            raise InputError(f"{name} has {size:,} bytes; Hedra takes at most {limit:,}")
-        if content_type == "audio/wav":
-            seconds = wav_seconds(file, size)
-    except OSError as error:
-        raise InputError(f"{name} cannot be read: {error.strerror}") from error
-    if seconds is not None and not MIN_SECONDS <= seconds <= MAX_SECONDS:
-        limits = f"{MIN_SECONDS} to {MAX_SECONDS:.0f} s"
-        raise InputError(f"{name} lasts {seconds:.2f} s; Hedra takes {limits}")
-    return Media(content_type, size, seconds)
-
-
-def field(data: Any, name: str, where: str, kind: type | tuple[type, ...] = object) -> Any:
-    """A field that must be there; raises ApiError that names it where it is not."""
-    value = data.get(name) if isinstance(data, dict) else None
-    if value in (None, "") or not isinstance(value, kind):
-        text = f"Hedra's answer to {where} has no {name!r}: its API may have changed"
-        raise ApiError(text, ambiguous=True, retryable=True)
-    return value
-
-
-def parse_time(text: Any) -> float | None:
+def parse_time(text: str) -> float | None:
     """Seconds since the epoch from an ISO-8601 instant, or None."""
     import datetime
 
-    try:
-        moment = datetime.datetime.fromisoformat(str(text))
-    except ValueError:
-        return None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
-
-
-def seconds_until(text: Any) -> float | None:
-    """Seconds from now to an ISO-8601 instant, at least 0, or None."""
-    moment = parse_time(text)
-    return None if moment is None else max(0.0, moment - time.time())
+    with contextlib.suppress(ValueError, OverflowError):
+        moment = datetime.datetime.fromisoformat(text)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
+    return None
 
 
 def parse_retry_after(value: str | None) -> float | None:
     """Seconds to wait from a Retry-After header: a number or an HTTP date, else None."""
-    try:
-        seconds = float(value or "")
-    except ValueError:
-        from email.utils import parsedate_to_datetime
+    from email.utils import parsedate_to_datetime
 
-        try:
-            seconds = max(0.0, parsedate_to_datetime(value or "").timestamp() - time.time())
-        except (ValueError, OverflowError):
-            return None
-    return seconds if 0 <= seconds < math.inf else None
-
-
-def parse_failure(error: Any, message: Any = None) -> tuple[str, bool]:
-    """Why a generation failed, in Hedra's words, and whether Hedra says that may pass."""
-    error = error if isinstance(error, dict) else {"message": error}
-    code, reason = str(error.get("type") or error.get("code") or ""), error.get("reason_code") or ""
-    # gRPC, which the codes are modelled on, calls UNAVAILABLE alone a transient condition.
-    transient = "TRANSIENT" in reason or code == "UNAVAILABLE" or error.get("retryable") is True
-    labels = ", ".join(word for word in (code, reason) if word)
-    text = str(error.get("message") or message or "no reason given")
-    return (f"{text} ({labels})" if labels else text), transient
-
-
-def parse_status(data: Any, where: str) -> Status:
-    """A status reply of either API. A word that nobody knows counts as work in progress."""
-    state = STATES.get(str(field(data, "status", where)).lower(), PROCESSING)
-    progress = data.get("progress")
-    failed = (data.get("error"), data.get("error_message"))
-    failure, transient = parse_failure(*failed) if state == FAILED else ("", False)
-    return Status(
-        state, min(1.0, max(0.0, progress)) if isinstance(progress, int | float) else None,
-        str(data.get("download_url") or data.get("url") or ""), str(data.get("asset_id") or ""),
-        failure, transient, seconds_until(data.get("estimated_completion_at")),
-    )
-
-
-def parse_model(entry: dict[str, Any]) -> Model:
-    """One row of the v2 catalogue; ids may be null there, then the slug is the id."""
-    slug, limit = str(entry.get("slug") or ""), entry.get("max_duration_ms")
-    return Model(
-        str(entry.get("id") or slug), slug, str(entry.get("name") or slug),
-        tuple(entry.get("resolutions") or ()), tuple(entry.get("aspect_ratios") or ()),
-        limit / 1000 if limit else None,
-        {name: entry.get(name) for name in ("pricing", "price_details")},
-    )
-
-
-def parse_price(price: Mapping[str, Any], seconds: float, resolution: str) -> int | None:
-    """Credits for a clip by a v2 catalogue entry, or None where it does not tell."""
-    if pricing := price.get("pricing"):
-        modifier = (pricing.get("modifiers") or {}).get("resolution", {}).get(resolution, 1.0)
-        base, rate = pricing.get("base_cost") or 0, pricing.get("credits_per_second") or 0
-        return math.ceil((base + rate * seconds) * float(modifier) - 1e-6)
-    details = price.get("price_details") or {}
-    units = {"second": seconds, "minute": seconds / 60, "generation": 1.0}
-    count = units.get(str(details.get("billing_unit")).lower().rstrip("s"))
-    cost, scale = details.get("credit_cost"), details.get("unit_scale") or 1
-    return None if count is None or cost is None else math.ceil(cost * count / scale - 1e-6)
-
-
-def takes_portrait_and_audio(entry: dict[str, Any]) -> bool:
-    """Whether a catalogue row is of a model that could make an avatar."""
-    slots = [slot for mode in entry.get("inputs") or () for slot in mode.get("slots") or ()]
-    kinds = {slot.get("type") for slot in slots}
-    image = entry.get("requires_start_frame") or "image" in kinds
-    return bool(image and (entry.get("requires_audio_input") or "audio" in kinds))
-
-
-def choose_model(entries: Sequence[dict[str, Any]], asked: str = "") -> Model | None:
-    """The row that was asked for by id or slug, else Character 3, else None. Rows once had
-    `ai_model_type` and `status`; today's have neither and are told by slug or name."""
-    if asked:
-        rows = [e for e in entries if asked in (e.get("id"), e.get("slug"))]
-        return parse_model(rows[0]) if rows else None
-    active = [e for e in entries if str(e.get("status") or "ACTIVE").upper() == "ACTIVE"]
-    for name in ("ai_model_type", "slug", "name"):
-        for entry in active:
-            text = re.sub(r"[\s_]+", "-", str(entry.get(name) or "").lower())
-            if re.search(r"\bcharacter-3$", text):
-                return parse_model(entry)
+    if (seconds := parse_number(value or "")) is not None:
+        return seconds
+    with contextlib.suppress(ValueError, OverflowError):
+        return max(0.0, parsedate_to_datetime(value or "").timestamp() - time.time())
     return None
 
 
-def error_words(body: Any) -> tuple[dict[str, Any], str]:
-    """The error object and the words in it, from any of the shapes that Hedra answers with."""
-    if isinstance(body, str):  # the page of a proxy
-        return {}, " ".join(re.sub(r"<(style|script).*?</\1>|<[^>]*>", " ", body).split())[:200]
-    if not isinstance(body, dict):
-        return {}, ""
-    error = body["error"] if isinstance(body.get("error"), dict) else body
-    parts = [error.get("message"), body.get("error") if error is body else None]
-    rows = error.get("details") or body.get("detail") or error.get("messages") or ()
-    for row in [rows] if isinstance(rows, str) else rows:
-        if isinstance(row, dict):
-            where = row.get("field") or ".".join(str(step) for step in row.get("loc") or ())
-            row = f"{where}: {row.get('message') or row.get('msg')}"
-        parts.append(row)
-    if isinstance(billing := error.get("billing"), dict):
-        parts.append(billing_words(billing))
-    return error, "; ".join(dict.fromkeys(str(part) for part in parts if part))
+def parse_failure(error: Reply, message: str = "") -> tuple[str, bool]:
+    """Why a generation failed, in Hedra's words, and whether Hedra says that may pass."""
+    code, reason = error.text("type", "code"), error.text("reason_code")
+    # gRPC, which the codes are modelled on, calls UNAVAILABLE alone a transient condition.
+    transient = "TRANSIENT" in reason or code == "UNAVAILABLE" or error.flag("retryable")
+    labels = ", ".join(word for word in (code, reason) if word)
+    text = error.text("message") or message or "no reason given"
+    return (f"{text} ({labels})" if labels else text), transient
 
 
-def billing_words(billing: dict[str, Any]) -> str:
-    """Balance, price and where to add funds, from a 402 of the jobs API."""
-    unit, price = billing.get("currency") or "USD", billing.get("required")
-    text = f"balance {amount(float(billing.get('balance') or 0), unit)}, "
-    text += f"price {amount(float(price), unit)}, " if price is not None else ""
-    return f"{text}add funds at {billing.get('funding_url')}"
-
-
-HINTS = (  # status, a pattern of the server's words, what a person can do
-    (401, "", "check HEDRA_API_KEY: a v3 key is id:secret, a v2 key has no colon"),
-    (402, "available: 0", "nothing was paid; with credits on the dashboard set HEDRA_WORKSPACE_ID"),
-    (402, "", "nothing was paid; add funds and run the same command again"),
-    (403, "scope", "make a key with that scope in Hedra's developer console"),
-    (403, "plan", "the plan of this account has no API access: change it at Hedra"),
-    (403, "", "if the account has moved to the new API, make a key with a colon (id:secret) there"),
-    (413, "", "the file is too large for Hedra"),
-)
-LATER = "run the same command again later; what was paid for by then is not lost"
-
-
-def parse_error(status: int, headers: Mapping[str, str], body: Any, where: str) -> ApiError:
-    """An error answer as an exception that carries Hedra's own words."""
-    error, words = error_words(body)
-    code = str(error.get("error_code") or error.get("code") or "")
-    trace = str(body.get("trace_id") or "") if isinstance(body, dict) else ""
-    after = parse_retry_after(str(error.get("retry_after") or headers.get("Retry-After") or ""))
-    broke = status == 402 or code in ("MISSING_CREDITS", "INSUFFICIENT_BALANCE")
-    text = f"Hedra answered {status} to {where}: {words or 'no reason given'}"
-    text += f" [trace id {trace}]" if trace else ""
-    known = (402 if broke else status, words.lower())
-    hints = [hint for at, pattern, hint in HINTS if at == known[0] and pattern in known[1]]
-    if 300 <= status < 400:
-        hints = ["redirects are not followed with a key; check HEDRA_BASE_URL"]
-    hints += [LATER] if status in (408, 425, 429) or status >= 500 else []
-    return (RateLimited if status == 429 else OutOfCredits if broke else ApiError)(
-        "; ".join([text, *hints[:1]]), status=status, code=code, words=words, trace_id=trace,
-        retry_after=after, ambiguous=status in (408, 409) or status >= 500,
-        # A 5xx is worth another try whatever it says of itself: the document's own example of a
-        # 500 says that it is not, and the page of a proxy says nothing.
-        retryable=status in (408, 425, 429) or status >= 500 or error.get("retryable") is True,
+def parse_status(reply: Reply) -> Status:
+    """A status reply of either API. A word that nobody knows counts as work in progress."""
+    state = STATES.get(reply.must(reply.text, "status").lower(), PROCESSING)
+    progress, failure = reply.number("progress"), ("", False)
+    if state == FAILED:
+        failure = parse_failure(reply.part("error"), reply.text("error", "error_message"))
+    return Status(
+        state, None if progress is None else min(1.0, max(0.0, progress)),
+        reply.text("download_url", "url"), reply.text("asset_id"), *failure, reply.number("cost"),
     )
 
 
-# -----------------------------------------------------------------------------
-# retry: retry, backoff_s
-# -----------------------------------------------------------------------------
+def parse_model(row: Reply) -> Model:
+    """One row of the v2 catalogue; ids may be null there, then the slug is the id."""
+    slug, limit = row.text("slug"), row.number("max_duration_ms")
+    return Model(
+        row.text("id", "slug"), slug, row.text("name") or slug, tuple(row.texts("resolutions")),
+        tuple(row.texts("aspect_ratios")), limit / 1000 if limit and limit > 0 else None,
+        {name: row.values.get(name) for name in ("pricing", "price_details")},
+    )
 
+
+def parse_price(price: Reply, seconds: float, resolution: str, characters: int = 0) -> float | None:
+    """Credits by a v2 catalogue entry, or None where it does not tell or cannot be right."""
+    pricing, details = price.part("pricing"), price.part("price_details")
+    base, rate = pricing.figure("base_cost", 0), pricing.figure("credits_per_second", 0)
+    if base or rate:
+        factor = pricing.part("modifiers").part("resolution").figure(resolution, 1)
+        units = base + rate * seconds
+    else:
+        per = {"second": seconds, "minute": seconds / 60, "generation": 1, "character": characters}
+        count = per.get(details.text("billing_unit").lower().removesuffix("s"), math.nan)
+        factor, scale = details.figure("credit_cost", math.nan), details.figure("unit_scale", 1)
+        units = count / scale if scale else math.nan
+    return math.ceil(cost - 1e-6) if 0 <= (cost := factor * units) < 1e15 else None
+
+
+def takes_portrait_and_audio(row: Reply) -> bool:
+    """Whether a catalogue row is of a model that could make an avatar."""
+    slots = [slot for mode in row.rows("inputs") or () for slot in mode.rows("slots") or ()]
+    kinds = {slot.text("type") for slot in slots}
+    image = row.flag("requires_start_frame") or "image" in kinds
+    return image and (row.flag("requires_audio_input") or "audio" in kinds)
+
+
+def choose_model(rows: Sequence[Reply], asked: str = "") -> Model | None:
+    """The row that was asked for by id or slug, else Character 3, else None. Rows once had
+    `ai_model_type` and `status`; today's have neither and are told by slug or name."""
+    if asked:
+        found = [row for row in rows if asked in (row.text("id"), row.text("slug"))]
+    else:
+        active = [row for row in rows if (row.text("status") or "ACTIVE").upper() == "ACTIVE"]
+        found = [
+            row for name in ("ai_model_type", "slug", "name") for row in active
+            if re.search(r"\bcharacter-3$", re.sub(r"[\s_]+", "-", row.text(name).lower()))
+            and row.text("id", "slug")
+        ]
+    return parse_model(found[0]) if found else None
+
+
+def error_words(body: Any) -> tuple[Reply, str]:
+    """The error object and the words in it, from any of the shapes that Hedra answers with."""
+    if isinstance(body, str):  # the page of a proxy
+        page = re.sub(r"<(style|script).*?</\1>|<[^>]*>", " ", body[:20_000], flags=re.DOTALL)
+        return Reply({}), " ".join(page.split())[:200]
+    reply = Reply(body)
+    error = reply.part("error") if reply.part("error").values else reply
+    parts = [error.text("message"), reply.text("error"), reply.text("detail")]
+    for name in ("details", "detail", "messages"):
+        for row in error.rows(name) or reply.rows(name) or ():
+            where = row.text("field") or ".".join(row.texts("loc"))
+            parts.append(f"{where}: {row.text('message', 'msg')}".removeprefix(": "))
+        parts += error.texts(name)
+    if (billing := error.part("billing")).values:
+        unit = billing.text("currency") or "USD"
+        balance, price = (amount(billing.number(n), unit) for n in ("balance", "required"))
+        parts += [f"balance {balance}", f"price {price}" if price != "?" else ""]
+        parts.append(f"{billing.text('reason')} add funds at {billing.text('funding_url')}".strip())
+    return error, "; ".join(dict.fromkeys(part for part in parts if part))
+
+
+HINTS = {  # by the status and the server's words: what a person can do
+    "3": "redirects are not followed with a key; check HEDRA_BASE_URL",
+    "401": "check HEDRA_API_KEY: a v3 key is id:secret, a v2 key has no colon",
+    "402.*available: 0": "nothing was paid; with credits on the dashboard set HEDRA_WORKSPACE_ID",
+    "402": "nothing was paid; add funds and run the same command again",
+    "403.*scope": "make a key with that scope in Hedra's developer console",
+    "403.*plan": "the plan of this account has no API access: change it at Hedra",
+    "403": "if the account has moved to the new API, make a key with a colon (id:secret) there",
+    "413": "the file is too large for Hedra",
+    "408|425|429|[5-9]": LATER,
+}
+
+
+def parse_error(status: int, headers: Mapping[str, str], text: str, where: str) -> ApiError:
+    """An error answer as an exception that carries Hedra's own words."""
+    try:
+        body = read_json(text)
+    except ValueError:
+        body = text
+    error, words = error_words(body)
+    code, after = error.text("error_code", "code"), error.number("retry_after")
+    broke = status == 402 or code in ("MISSING_CREDITS", "INSUFFICIENT_BALANCE")
+    said = f"Hedra answered {status} to {where}: {words or 'no reason given'}"
+    if trace := Reply(body).text("trace_id"):
+        said += f" [trace id {trace}]"
+    case = f"{402 if broke and status >= 400 else status} {words.lower()}"
+    hints = [hint for pattern, hint in HINTS.items() if re.match(pattern, case, re.DOTALL)][:1]
+    return (RateLimited if status == 429 else OutOfCredits if broke else ApiError)(
+        "; ".join([said, *hints]), status=status, code=code, words=words, trace_id=trace,
+        retry_after=parse_retry_after(headers.get("Retry-After") if after is None else str(after)),
+        # What a gateway says, in words of its own, leaves open what Hedra did.
+        ambiguous=not (isinstance(body, dict) and 400 <= status < 500) or status in (408, 409),
+        # A 5xx is worth another try whatever it says of itself: the document's own example of a
+        # 500 says that it is not, and the page of a proxy says nothing.
+        retryable=status in (408, 425, 429) or status >= 500 or error.flag("retryable"),
+        names_key="idempotency_key" in f"{words} {error.text('param')}",
+    )
+
+
+# ---- retry: retry, backoff_s --------------------------------------------------------------------
 
 P = ParamSpec("P")
-T = TypeVar("T")
 Sleep = Callable[[float], object]
 Advance = Callable[[int], object]  # told of bytes that have moved
+Headers = Mapping[str, str]
 
 
 def backoff_s(failures: int, base: float, factor: float = 2.0, cap: float = 30.0) -> float:
-    """Full jitter: a random wait in seconds, up to base * factor ** failures and to the cap.
-
-    So that many clients that failed together do not come back together.
-    """
+    """Seconds, at random (full jitter): what failed together does not come back together."""
     import random
 
     return random.uniform(0.0, min(cap, base * factor ** min(failures, 60)))
 
 
 def retry(
-    exceptions: type[BaseException] | tuple[type[BaseException], ...],
-    tries: int = 3,
-    delay: float = 2,
-    backoff: float = 2,
-    *,
-    max_delay: float = 30.0,
-    sleep: Sleep | None = None,
-    on_retry: Callable[[BaseException], object] | None = None,
+    exceptions: type[BaseException] | tuple[type[BaseException], ...], tries: int = 3,
+    delay: float = 2, backoff: float = 2, *, max_delay: float = 30.0,
+    max_retry_after: float = LONGEST_RETRY_AFTER_S, sleep: Sleep | None = None,
+    on_retry: Callable[[Any, float], object] = lambda error, wait_s: None,
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """A decorator: call again, up to `tries` times in all, when one of `exceptions` is raised.
-
-    Waits a random time of up to min(max_delay, delay * backoff ** n) seconds before try n + 2, or
-    what the exception's `retry_after` asks for. An exception whose `retryable` is False, or whose
-    `retry_after` is over MAX_RETRY_AFTER_S, is raised at once; the last one always is.
-    """
+    """A decorator: call again, up to `tries` times in all, when one of `exceptions` is raised, at
+    a random time of up to min(max_delay, delay * backoff ** n) seconds, or after what its
+    `retry_after` asks for. Raised at once: the last one, one whose `retryable` is False, and one
+    whose `retry_after` is over `max_retry_after` seconds."""
     if tries < 1:
         raise ValueError("tries must be at least 1")
 
@@ -657,12 +824,12 @@ def retry(
                     return function(*args, **kwargs)
                 except exceptions as error:
                     after = getattr(error, "retry_after", None)
-                    if not getattr(error, "retryable", True) or (after or 0) > MAX_RETRY_AFTER_S:
+                    if not getattr(error, "retryable", True) or (after or 0) > max_retry_after:
                         raise
-                    if on_retry:
-                        on_retry(error)
-                    wait = backoff_s(failures, delay, backoff, max_delay)
-                (sleep or time.sleep)(wait if after is None else after)
+                    wait_s = backoff_s(failures, delay, backoff, max_delay)
+                    wait_s = wait_s if after is None else after
+                    on_retry(error, wait_s)
+                (sleep or time.sleep)(wait_s)
             return function(*args, **kwargs)
 
         return wrapper
@@ -670,40 +837,896 @@ def retry(
     return decorate
 
 
-# -----------------------------------------------------------------------------
-# files: locked, write_durably
-# -----------------------------------------------------------------------------
+# ---- transport: Pace, Transport, iter_polls -----------------------------------------------------
+
+class Pace:
+    """When requests may go out: none in the pause of a refusal, then with a gap that shrinks."""
+
+    def __init__(self) -> None:
+        self.lock, self.gap_s, self.next_at = threading.Lock(), 0.0, -math.inf
+        self.words = ""  # of the last refusal
+
+    def turn(self) -> float:
+        """Seconds to wait until a request may go out; its place in the queue is taken."""
+        with self.lock:
+            now = time.monotonic()
+            at = max(now, self.next_at)
+            self.next_at = at + self.gap_s
+            return at - now
+
+    def accepted(self) -> None:
+        """A request was not refused: a little faster from now on."""
+        with self.lock:
+            self.gap_s = self.gap_s * 0.98 if self.gap_s > 0.01 else 0.0
+
+    def refused(self, after: float | None) -> None:
+        """Too fast: a pause for all, and twice the gap from then on."""
+        with self.lock:
+            now = time.monotonic()
+            if now < self.next_at - self.gap_s:
+                return  # the echo of a burst that was answered for
+            self.gap_s = min(5.0, max(0.1, 2 * self.gap_s))
+            pause_s = 8 * self.gap_s if after is None else after
+            self.next_at = now + pause_s + backoff_s(0, self.gap_s)
 
 
-def try_lock(path: Path) -> int | None:
-    """The descriptor of a lock file if it could be locked now. The kernel drops the lock with
-    its process. Raises HedraError where locks do not work."""
-    import fcntl
+class Context(threading.local):
+    """What holds for the work of one thread: until when (time.monotonic), and its effort."""
 
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    with contextlib.suppress(BlockingIOError, FileNotFoundError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Its last owner may have removed or renamed the file between our open and our lock.
-        if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
-            return descriptor
-    os.close(descriptor)
-    return None
+    def __init__(self) -> None:
+        self.deadline, self.effort = math.inf, dict[str, float]()
 
 
 @contextlib.contextmanager
-def locked(path: Path, sleep: Sleep, waiting: Callable[[], object] = lambda: None) -> Iterator[int]:
-    """Hold the lock `path`; `waiting` is called once, if somebody else has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tries = 0
-    while (descriptor := try_lock(path)) is None:
-        if tries == 1:
-            waiting()
-        tries += 1
-        sleep(min(0.5, 0.02 * tries))
+def faults(where: str, silence_s: float, proxy: str = "", ours: bool = True) -> Iterator[None]:
+    """What becomes of a request without an answer: an ApiError to retry or to look into."""
+    from urllib3 import exceptions as u
+
     try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+        yield
+    except u.HTTPError as error:
+        untrusted = "CERTIFICATE_VERIFY_FAILED" in str(error)
+        unsent = untrusted or isinstance(error, u.ProxyError | u.ConnectTimeoutError)
+        cause = getattr(error, "original_error", error)
+        why = printable(str([cause, *cause.args][-1]).rpartition(": ")[2])
+        if untrusted:
+            why = f"its certificate is not trusted ({printable(error)}); see SSL_CERT_FILE"
+        elif unsent:
+            why = f"the {f'proxy {proxy}' if proxy else 'server'} cannot be reached ({why})"
+        elif isinstance(error, u.TimeoutError):
+            why = f"no byte came for {silence_s:g} s"
+        text, away = f"no answer to {where}: {why}; {LATER}", unsent and ours
+        raise ApiError(text, retryable=True, ambiguous=not unsent, unreachable=away) from None
+
+
+def bounded(pools: Any) -> Any:
+    """A class of urllib3's pools that waits for the head of an answer no longer than its timeout
+    in all: the socket's own begins anew with every byte."""
+    import socket
+
+    def shut(connection: Any) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # not through TLS, which would wait
+            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+
+    class Bounded(pools.ConnectionCls):  # type: ignore[misc]
+        def getresponse(self) -> Any:
+            timer = threading.Timer(self.timeout, shut, [self])
+            timer.daemon = True
+            timer.start()
+            try:
+                return super().getresponse()
+            finally:
+                timer.cancel()
+
+    return type("Pool", (pools,), {"ConnectionCls": Bounded})
+
+
+class Transport:
+    """One account's way to Hedra, safe for threads; every fault comes out as an ApiError."""
+
+    def __init__(
+        self, account: Account, *, connections: int = 4, stop: threading.Event | None = None
+    ) -> None:
+        self.account, self.connections, self.pools = account, connections, dict[str, Any]()
+        self.pace, self.here, self.stop = Pace(), Context(), stop or threading.Event()
+        self.waiting = 0  # clips whose end is being waited for
+
+    def left_s(self) -> float:
+        """Seconds until this thread's deadline."""
+        return self.here.deadline - time.monotonic()
+
+    def longest_s(self) -> float:
+        """The longest wait that Hedra may ask for."""
+        return min(self.left_s(), 1e6) if self.here.deadline < math.inf else LONGEST_RETRY_AFTER_S
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, but not beyond the deadline; raises Stopped where the program ends meanwhile."""
+        if self.left_s() <= 0:
+            raise StillRunning(f"the time given is over; {LATER}")
+        if self.stop.wait(max(0.0, min(seconds, self.left_s(), 1e6))):
+            raise Stopped("the program was stopped; the next start takes this clip up")
+
+    @contextlib.contextmanager
+    def until(self, deadline: float, effort: dict[str, float] | None = None) -> Iterator[None]:
+        """Hold this thread's requests and waits to a deadline (time.monotonic)."""
+        here, before, old = self.here, self.here.deadline, self.here.effort
+        here.deadline, here.effort = min(before, deadline), old if effort is None else effort
+        try:
+            yield
+        finally:  # a deadline that was put off while waiting for a place stays so
+            here.deadline, here.effort = max(before, here.deadline), old
+
+    def together(self, first: Callable[[], T], second: Callable[[], T]) -> tuple[T, T]:
+        """Make two calls at once, both held to this thread's deadline."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        here = self.here.deadline, self.here.effort
+
+        def call() -> T:
+            with self.until(*here):
+                return second()
+
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(call)
+            return first(), other.result()
+
+    def count(self, what: str, number: int = 1) -> None:
+        """Add to this thread's effort."""
+        self.here.effort[what] = self.here.effort.get(what, 0) + number
+
+    def pool(self, url: str) -> tuple[Any, str]:
+        """The connection pool to an address, and the proxy that the environment names for it, ""
+        for none. Plain http goes to this very machine only, and would show a proxy the key."""
+        from urllib.request import getproxies, proxy_bypass
+
+        parts, proxies, urllib3 = urlsplit(url), getproxies(), need("urllib3")
+        named = proxies.get("https") or proxies.get("all") or ""
+        if parts.scheme != "https" or proxy_bypass(parts.netloc):
+            named = ""
+        scheme, _, rest = named.rpartition("://")
+        login, _, host = rest.rpartition("@")
+        if scheme not in ("", "http", "https"):
+            raise InputError(f"the proxy {scheme}://{printable(host)} is none of http or https")
+        proxy = f"{scheme or 'http'}://{host}" if host else ""
+        if proxy not in self.pools:
+            options = {"maxsize": self.connections, "block": True, "retries": False}
+            if proxy:
+                secret = urllib3.make_headers(proxy_basic_auth=unquote(login)) if login else {}
+                pool = urllib3.ProxyManager(proxy, proxy_headers=secret, **options)
+            else:
+                pool = urllib3.PoolManager(**options)
+            kinds = pool.pool_classes_by_scheme.items()
+            pool.pool_classes_by_scheme = {scheme: bounded(pools) for scheme, pools in kinds}
+            self.pools[proxy] = pool
+        return self.pools[proxy], proxy
+
+    def send(
+        self, method: str, url: str, headers: Headers, body: Any = None, silence_s: float = 0.0
+    ) -> urllib3.BaseHTTPResponse:
+        """One request; the answer, its body unread. A redirect would take the key elsewhere."""
+        (pool, proxy), silence_s = self.pool(url), silence_s or self.account.silence_s
+        self.count("requests")
+        where, ours = f"{method} {urlsplit(url).netloc}{urlsplit(url).path}", self.account.base_url
+        headers = {"User-Agent": f"hedra_avatar/{__version__}", **headers}
+        limits = need("urllib3").Timeout(connect=min(CONNECT_TIMEOUT_S, silence_s), read=silence_s)
+        with faults(where, silence_s, proxy, url.startswith(ours)):  # else it is a file's host
+            response: urllib3.BaseHTTPResponse = pool.request(
+                method, url, body=body, headers=headers, timeout=limits, preload_content=False,
+                redirect=False,
+            )
+        if response.status < 200:  # the answer itself is still to come, and not to the next one
+            end(response)
+            text = f"{where}: {response.status} is no final answer; {LATER}"
+            raise ApiError(text, ambiguous=True, retryable=True)
+        return response
+
+    def open(
+        self, method: str, path: str, headers: Headers, body: Any = None, silence_s: float = 0.0
+    ) -> urllib3.BaseHTTPResponse:
+        """One request to the API, with the key; raises ApiError for any answer but 2xx."""
+        key, where = self.account.key, f"{method} {path}".split("?")[0]
+        mine = {"Authorization": f"Bearer {key}"} if ":" in key else {"X-API-Key": key}
+        if (wait_s := self.pace.turn()) > 0:
+            if wait_s > self.longest_s():
+                text = f"{where} has to wait {wait_s:.0f} s, and the time ends before"
+                text = f"{text}: {self.pace.words}; {LATER}"
+                raise RateLimited(text, retryable=True, retry_after=wait_s)
+            self.sleep(wait_s)
+        headers = {"Accept": "application/json", **mine, **headers}
+        response = self.send(method, self.account.base_url + path, headers, body, silence_s)
+        if response.status != 429:
+            self.pace.accepted()
+        if 200 <= response.status < 300:
+            return response
+        text = ""
+        with contextlib.suppress(ApiError):  # a body that is cut takes nothing from the status
+            text = self.text(response, where)
+        error = parse_error(response.status, response.headers, text, where)
+        if response.status in (401, 403, 404) and (note := self.account.mismatch):
+            error.add(note)
+        raise error
+
+    def blocks(self, response: urllib3.BaseHTTPResponse, where: str) -> Iterator[bytes]:
+        """The body of an answer as it arrives; the connection goes back to the pool at its end."""
+        try:
+            with faults(where, self.account.silence_s):
+                while block := response.read1(BLOCK_BYTES, decode_content=False):
+                    self.count("bytes_down", len(block))
+                    yield block
+        finally:
+            end(response)
+
+    def text(self, response: urllib3.BaseHTTPResponse, where: str) -> str:
+        """The whole body, without the key should the server echo it; raises ApiError."""
+        body, until = bytearray(), time.monotonic() + self.account.silence_s
+        for block in self.blocks(response, where):
+            body += block
+            if (size := len(body)) > ANSWER_BYTES or time.monotonic() > until:
+                what = "is too long" if size > ANSWER_BYTES else "does not come to its end"
+                text = f"Hedra's answer to {where} {what}: {size:,} bytes so far; {LATER}"
+                raise ApiError(text, ambiguous=True, retryable=size <= ANSWER_BYTES)
+        text = body.decode("utf-8", "replace")
+        for secret in (self.account.key, self.account.key.partition(":")[2]):
+            text = text.replace(secret, "[key]") if len(secret) > 3 else text
+        return text
+
+    def api(self, method: str, path: str, body: Any = None, more: Headers | None = None) -> Reply:
+        """One API request: a dict goes out as JSON, JSON comes back; a list as the field "rows"."""
+        headers, where = more or {}, f"{method} {path}".split("?")[0]
+        if isinstance(body, dict):
+            body, headers = json.dumps(body), {"Content-Type": "application/json", **headers}
+        text = self.text(self.open(method, path, headers, body), where)
+        try:
+            value = read_json(text)
+        except ValueError:
+            text = f"Hedra's answer to {where} is no JSON: {error_words(text)[1][:80]!r}; {LATER}"
+            raise ApiError(text, retryable=True, ambiguous=True) from None
+        return Reply({"rows": value} if isinstance(value, list) else value, where)
+
+    def repeat(self, attempt: Callable[[], T]) -> T:
+        """Repeat a harmless request: a few times after faults, patiently while refused for rate."""
+        again = functools.partial(
+            retry, max_retry_after=math.inf, sleep=self.sleep, on_retry=self.give_way
+        )
+        return again(ApiError, TRIES, 1)(again(RateLimited, PATIENCE, 0)(attempt))()
+
+    def before_retry(self, error: HedraError, wait_s: float) -> None:
+        """Raise an error again where there is no time for another try."""
+        if max(wait_s, error.retry_after or 0.0) >= self.longest_s():
+            raise error
+        self.count("retries")
+
+    def give_way(self, error: ApiError, wait_s: float = 0.0) -> None:
+        """The same, and after a refusal for rate a pause for all."""
+        self.before_retry(error, wait_s)
+        if isinstance(error, RateLimited):
+            self.pace.words = error.words or self.pace.words
+            self.pace.refused(error.retry_after)
+
+    def call(self, method: str, path: str, body: Any = None) -> Reply:
+        """An API request that may be repeated without harm."""
+        return self.repeat(lambda: self.api(method, path, body))
+
+    def upload(self, path: str, file: Path, advance: Advance) -> Reply:
+        """Send a file as the multipart field `file`, streamed and with an exact length."""
+        name, sent = printable(file), 0
+        try:
+            stream = open_regular(file)
+        except OSError as error:
+            raise InputError(f"{name} cannot be read: {error.strerror}") from error
+        with stream:
+            size = os.fstat(stream.fileno()).st_size
+            kind = sniff(stream.read(16), "") or "application/octet-stream"
+            mark, ending = f"hedra-avatar-{os.urandom(12).hex()}", kind.rpartition("/")[2]
+            # The name in it is ours: a file's own may break a header.
+            named = f'Content-Disposition: form-data; name="file"; filename="file.{ending}"'
+            opening = f"--{mark}\r\n{named}\r\nContent-Type: {kind}\r\n\r\n"
+            closing, kind = f"\r\n--{mark}--\r\n", f"multipart/form-data; boundary={mark}"
+            length = len(opening) + size + len(closing)
+            headers = {"Content-Type": kind, "Content-Length": str(length)}
+
+            def body() -> Iterator[bytes]:
+                nonlocal sent
+                advance(-sent)
+                sent = stream.seek(0)
+                yield opening.encode()
+                while block := stream.read(min(BLOCK_BYTES, size - sent)):
+                    yield block
+                    sent += len(block)
+                    self.count("bytes_up", len(block))
+                    advance(len(block))
+                    if self.left_s() <= 0 or self.stop.is_set():
+                        raise StillRunning(f"{name}: not all was sent in the time given; {LATER}")
+                if sent < size:
+                    raise InputError(f"{name} shrank while it was sent; run it again")
+                yield closing.encode()
+
+            return self.repeat(lambda: self.api("POST", path, body(), headers))
+
+    def fetch(self, url: str, headers: Headers) -> urllib3.BaseHTTPResponse:
+        """GET a file from another host: without the key, and only over an encrypted line."""
+        for _ in range(5):
+            plain = {"Accept-Encoding": "identity", **headers}
+            try:
+                url = clean_url(url)
+            except InputError as error:  # a fresh address may be another
+                raise ApiError(f"{error}; {LATER}", retryable=True, code="ADDRESS") from None
+            response = self.send("GET", url, plain)
+            target = response.headers.get("Location")
+            if response.status not in (301, 302, 303, 307, 308) or not target:
+                return response
+            end(response)
+            url = urljoin(url, target)
+        raise ApiError("the address of the result redirects in a circle", retryable=True)
+
+
+def end(response: urllib3.BaseHTTPResponse) -> None:
+    """Give a connection back: of a body that was read to its end it is free already."""
+    response.close()
+    response.release_conn()
+
+
+def iter_polls(api: Api, name: str, interval_s: float, grace_s: float) -> Iterator[Status]:
+    """Looks at a generation until it has ended: it is paid for, so failed polls are only that, and
+    a 404 within `grace_s` means "not yet". Raises StillRunning at the thread's deadline."""
+    started, failures, http = time.monotonic(), 0, api.http
+    while True:
+        # All share the pace, and a poll costs two milliseconds of a processor.
+        pause_s = max(interval_s, http.waiting * max(0.0125, 1.5 * http.pace.gap_s))
+        try:
+            status = api.look(name)
+        except ApiError as error:
+            early = error.status == 404 and time.monotonic() - started < grace_s
+            failures += not isinstance(error, RateLimited)
+            if not (early or (error.retryable and failures < POLL_FAILURES)):
+                raise
+            http.give_way(error)
+            pause_s = max(error.retry_after or 0.0, backoff_s(failures, 0.5, cap=10.0))
+        else:
+            failures = 0
+            yield status
+            if status.state in ENDED:
+                return
+        http.sleep(pause_s)
+
+
+# ---- web API v2: WebApi -------------------------------------------------------------------------
+
+UUID_SHAPE = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+in_path = functools.partial(quote, safe="", errors="replace")  # an id as a part of an address
+
+
+class WebApi:
+    """Hedra's web API, v2: assets, generations named by an id of ours, credits."""
+
+    unit = "credits"
+    replays = False  # a lost submit is looked for, before another
+    default_model = "together/hedra-character-3"  # what the catalogue calls it today
+    default_speech_model = ""  # the server's own
+    speech_limits: Mapping[str, int] = {"": 5_000}  # characters; documented nowhere
+
+    def __init__(self, http: Transport) -> None:
+        self.http, workspace = http, http.account.workspace
+        self.mine = {"workspace_id": workspace} if workspace else {}
+
+    def create_asset(self, name: str, kind: Kind) -> str:
+        """Make the record that a file is uploaded to; its id."""
+        reply = self.http.call("POST", "/assets", {"name": name, "type": kind, **self.mine})
+        return reply.must(reply.text, "id")
+
+    def upload_asset(self, asset_id: str, file: Path, advance: Advance) -> None:
+        """Send the bytes of an asset."""
+        try:
+            self.http.upload(f"/assets/{in_path(asset_id)}/upload", file, advance)
+        except ApiError as error:
+            if error.status != 409:  # it has the bytes from a try whose answer was lost
+                raise
+
+    def upload(self, file: Path, kind: Kind, advance: Advance) -> Asset:
+        """Hand a file to Hedra; what a submit names it by."""
+        name = file.name.encode("utf-8", "replace").decode()[:255]
+        asset_id = self.create_asset(name, kind)
+        self.upload_asset(asset_id, file, advance)
+        return Asset(asset_id)
+
+    def canonical(self, asked: str) -> str:
+        """The name that a model goes by in a clip's key."""
+        mine = ("", "d1dd37a3-e39a-4854-a298-6510289f9cf2")
+        return self.default_model if asked.lower() in mine else asked
+
+    def model(self, asked: str, kind: str = VIDEO) -> Model:
+        """The model asked for, or Character 3, or the price of the first that speaks."""
+        reply = self.http.call("GET", "/models")
+        rows = reply.must(reply.rows, "rows")
+        if kind == SPEECH and not asked:
+            spoken = [row for row in rows if row.text("type") == "text_to_speech"]
+            return Model("", price=parse_model(spoken[0]).price if spoken else None)
+        if model := choose_model(rows, asked):
+            return model
+        if asked:  # the catalogue does not list all that works: the submit has the last word
+            return Model(asked, "" if UUID_SHAPE.fullmatch(asked) else asked)
+        names = [parse_model(row) for row in rows if takes_portrait_and_audio(row)]
+        listed = ", ".join(f"{m.slug or m.id} ({m.name})" for m in names) or "none at all"
+        text = "this account has no Character 3 model; set HEDRA_MODEL_ID (or give --model) to one"
+        raise HedraError(f"{text} that takes a portrait and audio: {listed}")
+
+    def body(self, order: Order) -> dict[str, Any]:
+        """An order in the words of this API."""
+        if order.kind == SPEECH:
+            body: dict[str, Any] = {"voice_id": order.voice, "text": order.prompt}
+            body["type"] = "text_to_speech"
+        else:  # no duration_ms, unless it was asked for: it follows the audio, and is billed so
+            shape = {"resolution": order.resolution, "aspect_ratio": order.aspect_ratio}
+            wishes = {"text_prompt": order.prompt, **shape, **order.settings}
+            files = {"start_keyframe_id": order.image, "audio_id": order.audio}
+            body = {"type": "video", **files, "generated_video_inputs": wishes}
+        name, of_id = order.model.id, "model_id" if order.kind == SPEECH else "ai_model_id"
+        if order.model.slug or not UUID_SHAPE.fullmatch(name):
+            name, of_id = order.model.slug or name, "model_slug"
+        named = {of_id: name, "generation_id": order.reserved}
+        named = {field: value for field, value in named.items() if value}
+        return {**body, **self.mine, **named}
+
+    def submit(self, order: Order) -> str:
+        """Start, and pay for, a generation; its id. One request, never repeated here."""
+        reply = self.http.api("POST", "/generations", self.body(order))
+        return reply.must(reply.text, "id")
+
+    def look(self, generation_id: str) -> Status:
+        """One look at a generation."""
+        return parse_status(self.http.api("GET", f"/generations/{in_path(generation_id)}/status"))
+
+    def find(self, order: Order, since: float) -> str:
+        """The id of the generation that was submitted (at `since`, by the epoch) as `reserved` or,
+        as a server may have ignored that, of the order's own recording or text; "" for none."""
+        try:
+            self.http.repeat(lambda: self.look(order.reserved))
+            return order.reserved
+        except ApiError as error:
+            if error.status != 404 or error.ambiguous:
+                raise
+        speech, day_before = order.kind == SPEECH, time.gmtime(min(max(0.0, since - 86400), 4e9))
+        query = {"created_after": time.strftime("%Y-%m-%dT%H:%M:%SZ", day_before)}
+        for row in self.iter_rows(type="text_to_speech" if speech else "video", **query):
+            made = row.part("input")
+            said = made.text("text") == order.prompt and made.text("voice_id") == order.voice
+            if said if speech else order.audio in made.texts("audio_id"):
+                return row.text("id")
+        return ""
+
+    def find_all(self, ids: Sequence[str]) -> dict[str, float | None]:
+        """Which of many ids exist, and what Hedra has billed for each: a few requests."""
+        found, wanted = dict[str, float | None](), set(ids)
+        for start in range(0, len(ids), 50):
+            for row in self.iter_rows(ids=",".join(ids[start : start + 50])):
+                found[row.text("id")] = row.number("credit_cost")
+        return {name: cost for name, cost in found.items() if name in wanted}
+
+    def iter_rows(self, **query: str) -> Iterator[Reply]:
+        """The list of generations. That one is not in it is known if every row tells its id."""
+        seen: set[str] = set()
+        while True:
+            page = {**query, "limit": "100", "offset": str(len(seen))}
+            reply = self.http.call("GET", f"/generations?{urlencode(page)}")
+            rows = {row.must(row.text, "id"): row for row in reply.must(reply.rows, "data")}
+            fresh = rows.keys() - seen
+            yield from (row for name, row in rows.items() if name in fresh)
+            seen |= fresh
+            if not fresh or len(rows) < 100:
+                return
+
+    def iter_status(self, name: str, interval_s: float, grace_s: float) -> Iterator[Status]:
+        """Looks at a generation until it has ended; raises StillRunning at the deadline."""
+        return iter_polls(self, name, interval_s, grace_s)
+
+    def result(self, generation_id: str, kind: str = VIDEO) -> Status:
+        """A fresh address of the result: from the status or, where that has none, the asset."""
+        status = self.http.repeat(lambda: self.look(generation_id))
+        if status.url or not status.asset_id:
+            return status
+        query = {"type": "audio" if kind == SPEECH else "video", "ids": status.asset_id}
+        for row in self.http.call("GET", f"/assets?{urlencode(query)}").rows("rows") or ():
+            if row.text("id") == status.asset_id:
+                return status._replace(url=row.part("asset").text("download_url", "url"))
+        return status
+
+    def price(self, order: Order, seconds: float | None) -> float | None:
+        """Credits by the catalogue, None where it does not tell. [Bills have run 17 % over it.]"""
+        if seconds is None:
+            return None
+        known = Reply(order.model.price)
+        return parse_price(known, seconds, order.resolution, len(order.prompt))
+
+    def balance(self) -> Balance:
+        """What is left, of the workspace where one is set."""
+        reply = self.http.call("GET", "/billing/credits")
+        left = reply.must(reply.number, "remaining")
+        pool = reply.part("workspace_credit_pool").part(self.http.account.workspace)
+        if pool.values:
+            left = pool.must(pool.number, "available")
+        names = [name for name in ("used", "expiring") if name in reply.values]
+        return Balance(left, self.unit, {name: reply.number(name) for name in names})
+
+    def voices(self, model: str) -> list[Voice]:
+        """Who can speak."""
+        reply, voices = self.http.call("GET", "/voices"), list[Voice]()
+        for row in reply.must(reply.rows, "rows"):
+            asset = row.part("asset")
+            pairs = [(pair.text("name"), pair) for pair in asset.rows("labels") or ()]
+            labels = {name: pair.text("value") for name, pair in pairs if name}
+            named = row.must(row.text, "id"), row.text("name")
+            voices.append(Voice(*named, labels, asset.text("preview_url")))
+        return voices
+
+
+# ---- jobs API v3: JobsApi, iter_events ----------------------------------------------------------
+
+FIRST_FRAME_S = 10.0  # a stream silent from its start is being buffered by somebody
+QUOTES = 20  # durations that are asked for, before prices are interpolated
+
+
+class Event(NamedTuple):
+    """A frame of a stream."""
+
+    name: str
+    data: str
+    id: str
+
+
+def iter_events(blocks: Iterable[bytes]) -> Iterator[Event]:
+    """Server-sent events from a body in arbitrary pieces (WHATWG HTML, 9.2.6). A frame is complete
+    at its blank line; one that was cut is dropped, and one longer than EVENT_BYTES is the end."""
+    buffer, size, last_id, frame = b"", 0, "", dict[str, list[str]]()
+    for block in blocks:
+        *lines, buffer = re.split(rb"\r\n|\n|\r(?!$)", buffer + block)
+        for line in lines:
+            if line:
+                key, _, value = line.decode("utf-8", "replace").partition(":")
+                frame.setdefault(key, []).append(value.removeprefix(" "))
+                size += len(line)
+                continue
+            last_id = frame.get("id", [last_id])[-1]
+            name, data = frame.get("event", [""])[-1], frame.get("data", [])
+            if name or data:
+                yield Event(name or "message", "\n".join(data), last_id)
+            frame, size = {}, 0
+        if size + len(buffer) > EVENT_BYTES:
+            return
+
+
+class JobsApi:
+    """Hedra's jobs API, v3: file handles that lapse, jobs named by an idempotency key, dollars."""
+
+    unit = "USD"
+    replays = True  # a submit with the same idempotency key is the look: it replays the first
+    default_model = "hedra-character-3"
+    default_speech_model = "elevenlabs-multilingual-v2"
+    speech_limits: Mapping[str, int] = {
+        "": 40_000, "elevenlabs-v3": 5_000, "elevenlabs-multilingual-v2": 10_000,
+        "elevenlabs-flash-v2": 30_000, "elevenlabs-flash-multilingual-v2": 40_000,
+    }
+
+    def __init__(self, http: Transport) -> None:
+        self.http, self.key_in_body = http, True
+        self.quoted: dict[str, dict[float, float]] = {}
+
+    def create_asset(self, name: str, kind: Kind) -> str:
+        """The jobs API has no such step; always raises InputError."""
+        text = "create_asset and upload_asset are of the web API (v2), and this key of the jobs API"
+        raise InputError(f"{text} (v3): call upload(file, kind, api_key), which serves both")
+
+    def upload_asset(self, asset_id: str, file: Path, advance: Advance) -> None:
+        """The jobs API has no such step; always raises InputError."""
+        self.create_asset("", "image")
+
+    def upload(self, file: Path, kind: Kind, advance: Advance) -> Asset:
+        """Hand a file to Hedra; its handle, which lapses after an hour."""
+        reply = self.http.upload("/files", file, advance)
+        lapses = parse_time(reply.text("expires_at")) or time.time() + 3600
+        return Asset(reply.must(reply.text, "url"), lapses)
+
+    def canonical(self, asked: str) -> str:
+        """The name that a model goes by in a clip's key. A v2 slug ends in the v3 id."""
+        return asked.rpartition("/")[2] or self.default_model
+
+    def model(self, asked: str, kind: str = VIDEO) -> Model:
+        """The model asked for, or Character 3, or the one that speaks."""
+        default = self.default_speech_model if kind == SPEECH else self.default_model
+        name = asked.rpartition("/")[2] or default
+        if not name.startswith("hedra-"):
+            return Model(name, name, name)
+        return Model(name, name, name, RESOLUTIONS, ASPECT_RATIOS, MAX_SECONDS)
+
+    def body(self, order: Order) -> dict[str, Any]:
+        """An order in the words of this API, without its files."""
+        if order.kind == SPEECH:
+            return {"text": order.prompt, "voice_id": order.voice}
+        shape = {"aspect_ratio": order.aspect_ratio, "resolution": order.resolution}
+        return {"prompt": order.prompt, **shape, **order.settings}
+
+    def submit(self, order: Order) -> str:
+        """Start, and pay for, a job; its id. The same `reserved` replays the first answer: Hedra's
+        newest SDK (7.0.0, spec 3.20) has it as a header, documents to 3.17 in the body."""
+        names = {"start_image": order.image, "audio": order.audio} if order.image else {}
+        files = {name: {"source": "url", "url": url} for name, url in names.items()}
+        key = {"idempotency_key": order.reserved} if order.reserved and self.key_in_body else {}
+        body = {"input": {**self.body(order), **files}, **key}
+        headers = {"Idempotency-Key": order.reserved} if order.reserved else {}
+        try:
+            reply = self.http.api("POST", f"/models/{in_path(order.model.id)}", body, headers)
+        except ApiError as error:
+            if not key or error.status != 400 or not error.__dict__.get("names_key"):
+                raise
+            self.key_in_body = False
+            return self.submit(order)
+        return reply.must(reply.text, "job_id")
+
+    def look(self, job_id: str) -> Status:
+        """One look at a job."""
+        return parse_status(self.http.api("GET", f"/jobs/{in_path(job_id)}/status"))
+
+    def find(self, order: Order, since: float) -> str:
+        """Nothing to look for: a repeated submit is safe, and no list tells a job by its key."""
+        return ""
+
+    def find_all(self, ids: Sequence[str]) -> dict[str, float | None]:
+        """Nothing to look for, see `find`."""
+        return {}
+
+    def iter_status(self, job_id: str, interval_s: float, grace_s: float) -> Iterator[Status]:
+        """The same from a stream, taken up again while it brings something new, then by polls."""
+        status, last_id, before = Status(QUEUED), "", "none"
+        with contextlib.suppress(ApiError, ValueError):
+            while status.state not in ENDED and last_id != before:
+                before = last_id
+                for event in iter_events(self.iter_stream(job_id, last_id)):
+                    last_id = event.id or last_id
+                    if event.name == "status":
+                        status = parse_status(Reply(read_json(event.data), "its stream"))
+                        if status.state in ENDED:
+                            break
+                        yield status
+        if status.state not in ENDED:
+            for status in iter_polls(self, job_id, interval_s, grace_s):
+                yield status
+        result = self.result(job_id)  # the stream's connection is free by now
+        yield result if result.state in ENDED else result._replace(state=status.state)
+
+    def iter_stream(self, job_id: str, last_id: str) -> Iterator[bytes]:
+        """The body of a job's stream, as long as it comes in time: before the first data a silence
+        means that somebody on the way holds it back, later only that nothing has happened."""
+        path, silence_s = f"/jobs/{in_path(job_id)}/stream", self.http.account.silence_s
+        headers = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
+        headers |= {"Last-Event-Id": last_id} if last_id else {}
+        first_s = min(FIRST_FRAME_S, silence_s, max(0.1, self.http.left_s()))
+        due, begun = time.monotonic() + first_s, False
+        response = self.http.open("GET", path, headers, silence_s=first_s)
+        socket = getattr(response.connection, "sock", None)
+        for block in self.http.blocks(response, f"GET {path}"):
+            self.http.sleep(0.0)  # raises where the time is over
+            begun = begun or b"\ndata:" in block
+            if begun and socket:
+                socket.settimeout(min(silence_s, max(0.1, self.http.left_s())))
+            elif time.monotonic() > due:
+                return
+            yield block
+
+    def result(self, job_id: str, kind: str = VIDEO) -> Status:
+        """The end of a job: address of the result, cost in dollars, or why there is none."""
+        reply = self.http.call("GET", f"/jobs/{in_path(job_id)}")
+        status, output = parse_status(reply), (reply.rows("outputs") or [Reply({})])[0]
+        if output.text("status") == "EXPIRED":
+            text = f"the result of {job_id} has expired: Hedra keeps outputs for 48 hours"
+            raise HedraError(text, code="EXPIRED", generation_id=job_id)
+        if output.text("status") == "FAILED":
+            failure, transient = parse_failure(output.part("error"))
+            status = status._replace(state=FAILED, failure=failure, transient=transient)
+        return status._replace(url=output.text("url"))
+
+    def price(self, order: Order, seconds: float | None) -> float | None:
+        """Dollars, None where Hedra does not tell before it has the files. After QUOTES durations
+        others are interpolated: a folder would use up the minute's requests."""
+        if (at := seconds) is None:
+            return None
+        length = {"duration_ms": round(at * 1000)} if order.kind == VIDEO else {}
+        wishes = {**length, **self.body(order)}
+        alike = {**wishes, "duration_ms": 0, "prompt": ""}
+        known = self.quoted.setdefault(json.dumps([order.model.id, alike]), {})
+        below, above = [x for x in known if x <= at], [x for x in known if x >= at]
+        if below and above and (at in known or len(known) >= QUOTES):
+            low, high = max(below), min(above)
+            share = (at - low) / (high - low or 1.0)
+            price = round(known[low] + share * (known[high] - known[low]), 4)
+        else:
+            path = f"/models/{in_path(order.model.id)}/estimate"
+            reply = self.http.call("POST", path, {"input": wishes})
+            price = reply.must(reply.number, "cost")
+        known |= {at: price} if price >= 0 else {}
+        return price if price >= 0 else None
+
+    def balance(self) -> Balance:
+        """What is left in the wallet, in US dollars."""
+        reply = self.http.call("GET", "/balance")
+        return Balance(reply.must(reply.number, "balance"), reply.text("currency") or self.unit)
+
+    def voices(self, model: str) -> list[Voice]:
+        """Who can speak with a speech model, all pages."""
+        path = f"/models/{in_path(model or self.default_speech_model)}/voices"
+        voices, seen, query = list[Voice](), {""}, ""
+        while True:
+            reply = self.http.call("GET", path + query)
+            for row in reply.must(reply.rows, "data"):
+                labels = row.part("labels").values
+                labels = {name: value for name, value in labels.items() if isinstance(value, str)}
+                named = row.must(row.text, "id"), row.text("name")
+                voices.append(Voice(*named, labels, row.text("preview_url")))
+            if (cursor := reply.text("next_cursor")) in seen:
+                return voices
+            seen.add(cursor)
+            query = f"?{urlencode({'cursor': cursor})}"
+
+
+Api = WebApi | JobsApi
+
+
+def api_for(http: Transport) -> Api:
+    """The API that a key belongs to: the one place where the two are told apart."""
+    return JobsApi(http) if ":" in http.account.key else WebApi(http)
+
+
+# ---- progress: View, open_view ------------------------------------------------------------------
+
+TICK_S = 0.25
+
+
+def written(stream: Any, text: str) -> bool:
+    """Write a piece at once; whether that worked: a full disk or a closed pipe stops no clip."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: no stream
+        stream.write(text)
+        stream.flush()
+        return True
+    return False
+
+
+def complain(text: str) -> None:
+    """What a person must read, on stderr, however quiet it is there."""
+    written(sys.stderr, f"hedra_avatar: {printable(text)}\n")
+
+
+def screen_size() -> os.terminal_size:
+    """Columns and lines of the terminal that stderr is; no columns where nothing can move."""
+    if not (sys.stderr and sys.stderr.isatty()) or os.environ.get("TERM") == "dumb":
+        return os.terminal_size((0, 0))
+    with contextlib.suppress(OSError, ValueError):
+        return os.get_terminal_size(sys.stderr.fileno())
+    return os.terminal_size((80, 24))
+
+
+class Line:
+    """What is shown of a clip at work; `share` is how far it is in its state, 0..1."""
+
+    state = note = ""
+    share: float | None = None
+
+    def __init__(self) -> None:
+        self.since = time.monotonic()
+
+
+class View:
+    """Where progress goes: nowhere, into a log with a plain line for each change of a state, or
+    onto a terminal, with a line for each clip at work above one for the whole batch."""
+
+    deaf = False  # a result could not be written
+    clips = done = failed = drawn = results = 0
+    spent = ""
+
+    def __init__(self, where: Literal["", "log", "terminal"] = "", verbose: int = 0) -> None:
+        self.where, self.verbose, self.lock = where, verbose, threading.RLock()
+        self.lines, self.batch, self.closed = dict[str, Line](), Line(), threading.Event()
+        if where == "terminal":
+            self.tqdm, self.trim = need("tqdm").tqdm, need("tqdm.utils").disp_trim
+            threading.Thread(target=self.tick, daemon=True).start()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S ") if self.where == "log" else ""
+        if self.where:
+            self.over(sys.stderr, f"{stamp}{printable(text)}\n")
+
+    def result(self, text: str) -> None:
+        """A result, on standard output."""
+        self.results += 1
+        self.deaf |= not self.over(sys.stdout, f"{text}\n")
+
+    def over(self, stream: Any, text: str) -> bool:
+        """Write above the moving lines; whether that worked."""
+        with self.lock:
+            self.draw(erase=True)
+            done = written(stream, text)
+            self.draw()
+            return done
+
+    def state(
+        self, clip: str, state: str, detail: str = "", note: str = "", share: float | None = None
+    ) -> None:
+        """A clip is in a state, or further in it; a `note`, such as its price, stays beside it."""
+        with self.lock:
+            line = self.lines.setdefault(clip, Line())
+            changed, line.state = line.state != state, state
+            line.note, line.share = note or line.note, share
+            if changed and (self.where == "log" or self.verbose):
+                self.say(f"{clip}: {state}" + (f" ({detail})" if detail else ""))
+            self.draw()
+
+    def move(self, clip: str, count: int, total: int) -> None:
+        """So many more bytes, of a `total` (0: nobody knows), of what the clip's state is about."""
+        with self.lock:
+            if total and (line := self.lines.get(clip)):
+                line.share = min(1.0, (line.share or 0.0) + count / total)
+
+    def leave(self, clip: str) -> None:
+        """A clip is no longer at work."""
+        with self.lock:
+            self.lines.pop(clip, None)
+            self.draw()
+
+    def expect(self, clips: int) -> None:
+        """A batch of so many clips begins."""
+        self.clips, self.batch = clips, Line()
+
+    def count(self, failed: bool | None = None, spent: str = "") -> None:
+        """A clip of the batch is over, or was paid for: what the batch has cost by now."""
+        with self.lock:
+            self.done, self.failed = self.done + (failed is not None), self.failed + bool(failed)
+            self.batch.state, self.spent = f"{self.done}/{self.clips} clips", spent or self.spent
+            failures = f"{self.failed} failed" * bool(self.failed)
+            self.batch.note = ", ".join(word for word in (self.spent, failures) if word)
+            self.batch.share = self.done / max(1, self.clips)
+
+    def row(self, name: str, line: Line, columns: int) -> str:
+        """A line with its clock and, where it is known how far it is, a bar; cut to the width."""
+        name = f"{self.trim(printable(name), max(12, columns - 45))}: " if name else ""
+        bar = "" if line.share is None else " {percentage:3.0f}%|{bar}|"
+        text = self.tqdm.format_meter(
+            line.share or 0.0, 1, time.monotonic() - line.since, ncols=columns, unit=line.note,
+            prefix=name + line.state, bar_format="{desc}" + bar + "  {unit}  {elapsed}",
+            ascii=not str(getattr(sys.stderr, "encoding", "")).lower().startswith("utf"),
+        )
+        return str(self.trim(text, columns))
+
+    def draw(self, *, erase: bool = False) -> None:
+        """Draw the moving lines, as many as fit, or take them off the terminal."""
+        if self.where != "terminal" or self.closed.is_set():
+            return
+        (columns, room), overall = screen_size(), [("", self.batch)] * bool(self.clips)
+        lines = [*self.lines.items()][: max(1, room - 1 - len(overall))] + overall
+        rows = [self.row(*line, max(20, columns - 1)) for line in lines if not erase]
+        if rows or self.drawn:
+            up = f"\r\x1b[{self.drawn}A" if self.drawn else ""
+            written(sys.stderr, up + "".join(f"\x1b[2K{row}\n" for row in rows) + "\x1b[J")
+        self.drawn = len(rows)
+
+    def tick(self) -> None:
+        """In a thread of its own: keep the clocks going until the view is closed."""
+        while not self.closed.wait(TICK_S):
+            with self.lock:
+                self.draw()
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        with self.lock:
+            self.draw(erase=True)
+            self.closed.set()
+
+
+def open_view(quiet: bool = False, verbose: int = 0) -> View:
+    """Moving lines on a terminal, plain ones in a log, nothing where nothing is wanted."""
+    return View() if quiet else View("terminal" if screen_size().columns else "log", verbose)
+
+
+# ---- ledger: Record, Ledger ---------------------------------------------------------------------
+
+BUSY = "another process is at work on it"
 
 
 def sync_folder(folder: Path) -> None:
@@ -715,1442 +1738,334 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_durably(path: Path, text: str, *, sync: bool = True) -> None:
-    """Replace a small file in one step: whoever reads it sees the old text or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        # In JSON a backslash escape stands for the bytes of a file name that are no UTF-8.
-        with draft.open("w", encoding="utf-8", errors="backslashreplace") as stream:
-            stream.write(text)
-            stream.flush()
-            if sync:
-                os.fsync(stream.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    if sync:
-        sync_folder(path.parent)
-
-
-# -----------------------------------------------------------------------------
-# transport: Governor, Transport, iter_polls
-# -----------------------------------------------------------------------------
-
-
-class Governor:
-    """How much at once, for one process: additive increase, multiplicative decrease.
-
-    Two things are kept apart: the pace of requests (`gap_s` between two of them), which a refusal
-    for rate slows down, and the generations in flight (`limit`), which a refusal for concurrency
-    lowers to what is running. Both grow again with every request that is accepted. Only AHEAD more
-    clips than that upload already, so that what is ready is not queued behind what is not.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.place_free, self.turn = (threading.Condition(self.lock) for _ in range(2))
-        self.gap_s, self.next_at, self.slowed_at = 0.0, 0.0, -math.inf
-        self.refusals, self.accepted_at = 0, [-math.inf] * 32
-        self.limit, self.refused, self.stopped = 4.0, False, False
-        self.ready, self.active, self.running = 0, 0, 0  # to be submitted, with a place, accepted
-        self.told = -math.inf
-        self.notice: Callable[[str], object] = lambda text: None  # of long waits
-
-    def pace(self, sleep: Sleep) -> float:
-        """Wait until a request may go out; the moment at which it does."""
-        with self.lock:
-            now = time.monotonic()
-            at = max(now, self.next_at)
-            self.next_at = at + self.gap_s
-            if at - now > 5 and now > self.told:
-                self.notice(f"waiting {at - now:.0f} s, as Hedra asks for it")
-                self.told = at
-        if at > now:
-            sleep(at - now)
-        return at
-
-    def accepted(self) -> None:
-        """A request was not refused: a little faster from now on."""
-        with self.lock:
-            self.refusals = 0
-            self.accepted_at = [*self.accepted_at[1:], time.monotonic()]
-            if self.gap_s:
-                rate = 1 / self.gap_s + 0.02
-                self.gap_s = 1 / rate if rate < 100 else 0.0
-
-    def too_fast(self, error: RateLimited) -> None:
-        """A request was refused for rate: slower, and nothing before Hedra wants it."""
-        with self.lock:
-            now = time.monotonic()
-            if error.sent_at >= self.slowed_at:  # else the echo of a burst that was answered for
-                lately = max(1, sum(now - at < 1.0 for at in self.accepted_at))
-                self.gap_s = min(5.0, 1.2 * self.gap_s or 1.1 / lately)
-                self.slowed_at, self.refusals = now, self.refusals + 1
-            after = error.retry_after
-            pause = backoff_s(self.refusals, 0.5, cap=8.0) if after is None else after
-            self.next_at = max(self.next_at, now + pause)
-
-    def begin(self) -> None:
-        """Wait until it is this clip's turn to upload."""
-        with self.lock:
-            while self.active + self.ready >= self.limit + AHEAD and not self.stopped:
-                self.turn.wait()
-            if self.stopped:
-                raise Stopped("not submitted, as the program stops; nothing was paid for it")
-            self.ready += 1
-
-    def take(self, *, resumed: bool = False) -> None:
-        """Take a place among the generations in flight; a resumed one has its place already."""
-        with self.lock:
-            while not resumed and self.active >= self.limit and not self.stopped:
-                self.place_free.wait()
-            if self.stopped and not resumed:
-                raise Stopped("not submitted, as the program stops; nothing was paid for it")
-            self.active += 1
-            self.running += resumed
-            self.ready -= not resumed
-
-    def leave(self) -> None:
-        """A clip that had its turn is not submitted after all."""
-        with self.lock:
-            self.ready -= 1
-            self.turn.notify()
-
-    def give(self, *, running: bool) -> None:
-        """Give a place back: the generation has ended, or the submit failed and may come again."""
-        with self.lock:
-            self.active -= 1
-            self.running -= running
-            self.ready += not running
-            self.wake()
-
-    def too_many(self) -> None:
-        """The account would not have one more generation at once."""
-        with self.lock:
-            self.limit, self.refused = float(max(1, self.running)), True
-
-    def grow(self) -> None:
-        """A submit was accepted: one place more, or, after a refusal, one more a round."""
-        with self.lock:
-            self.running += 1
-            self.limit += 1 / self.limit if self.refused else 1
-            self.wake()
-
-    def wake(self) -> None:
-        """There may be a place more, and one that growing has made."""
-        self.place_free.notify(2)
-        self.turn.notify(2)
-
-    def stop(self) -> None:
-        """Let nobody wait for a place any more."""
-        with self.lock:
-            self.stopped = True
-            self.place_free.notify_all()
-            self.turn.notify_all()
-
-    def poll_interval(self, asked_s: float, gap_s: float) -> float:
-        """Seconds between two polls of a clip, so that all in flight leave requests for the rest:
-        `gap_s` is what the API allows between any two polls."""
-        return max(asked_s, self.running * max(gap_s, 1.5 * self.gap_s))
-
-
-def lost(error: Exception, where: str, silence_s: float) -> ApiError:
-    """What became of a request that got no answer, as an exception to retry or to look into."""
-    from urllib3 import exceptions as u
-
-    unsent = isinstance(error, u.NewConnectionError | u.ConnectTimeoutError)
-    if unsent:
-        what = "the server cannot be reached"
-    elif isinstance(error, u.SSLError):
-        what = f"the secure connection failed ({error})"
-    else:
-        silent = isinstance(error, u.TimeoutError)
-        what = f"no byte came for {silence_s:g} s" if silent else "the connection broke"
-    text = f"no answer to {where}: {what}; {LATER}"
-    return ApiError(text, retryable=True, ambiguous=not unsent)
-
-
-class Transport:
-    """One account's way to Hedra: a keep-alive pool, the pace, and every fault as an ApiError.
-
-    Safe for threads. `tally` counts requests, retries and bytes; `for_clip()` is the same pool
-    with a tally of its own.
-    """
-
-    def __init__(
-        self, account: Account, *, connections: int = 3, sleep: Sleep | None = None
-    ) -> None:
-        self.account, self.connections = account, connections
-        self.sleep: Sleep = sleep or (lambda seconds: time.sleep(seconds))
-        self.governor = Governor()
-        self.opening, self.looking_up = threading.Lock(), threading.Lock()
-        self.pools: list[urllib3.PoolManager] = []
-        self.tally = dict.fromkeys(("requests", "retries", "bytes_up", "bytes_down"), 0)
-
-    def for_clip(self) -> Transport:
-        """The same connections and pace, with a tally of its own."""
-        from copy import copy
-
-        twin = copy(self)
-        twin.tally = dict.fromkeys(self.tally, 0)
-        return twin
-
-    def pool(self) -> urllib3.PoolManager:
-        """The connection pool, opened at the first request: a finished clip needs none."""
-        with self.opening:
-            if not self.pools:
-                pool = need("urllib3").PoolManager
-                self.pools.append(pool(maxsize=self.connections, block=True, retries=False))
-            return self.pools[0]
-
-    def send(
-        self, method: str, url: str, headers: Mapping[str, str], body: Any = None,
-        silence_s: float | None = None,
-    ) -> urllib3.BaseHTTPResponse:
-        """One request; the answer with its body unread. Redirects are never followed: urllib3
-        would forward X-API-Key to another host."""
-        pool, silence_s = self.pool(), silence_s or self.account.silence_s
-        import urllib3
-
-        self.tally["requests"] += 1
-        try:
-            return pool.request(
-                method, url, body=body, preload_content=False, redirect=False, retries=False,
-                headers={"User-Agent": f"hedra_avatar/{__version__}", **headers},
-                timeout=urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=silence_s),
-            )
-        except urllib3.exceptions.HTTPError as error:
-            where = f"{method} {urlsplit(url).hostname}{urlsplit(url).path}"
-            raise lost(error, where, silence_s) from None
-
-    def open(
-        self, method: str, path: str, headers: Mapping[str, str], body: Any = None,
-        silence_s: float | None = None,
-    ) -> urllib3.BaseHTTPResponse:
-        """One request to the API, with the key; raises ApiError for any answer but 2xx."""
-        key = self.account.key
-        mine = {"Authorization": f"Bearer {key}"} if ":" in key else {"X-API-Key": key}
-        headers = {"Accept": "application/json", **mine, **headers}
-        sent_at = self.governor.pace(self.sleep)
-        response = self.send(method, self.account.base_url + path, headers, body, silence_s)
-        if response.status != 429:
-            self.governor.accepted()
-        if 200 <= response.status < 300:
-            return response
-        where, text = f"{method} {path}".split("?")[0], ""
-        with contextlib.suppress(ApiError):  # a body that is cut takes nothing from the status
-            text = self.text(response, where)
-        try:
-            body = json.loads(text)
-        except ValueError:
-            body = text
-        error = parse_error(response.status, response.headers, body, where)
-        error.sent_at = sent_at
-        if response.status in (401, 403, 404) and (note := mismatch(self.account)):
-            error.args = (f"{error}; {note}",)
-        raise error
-
-    def text(self, response: urllib3.BaseHTTPResponse, where: str) -> str:
-        """The whole body, without the key should the server echo it."""
-        import urllib3
-
-        try:
-            text = response.read().decode("utf-8", "replace")
-        except urllib3.exceptions.HTTPError as error:
-            raise lost(error, where, self.account.silence_s) from None
-        finally:
-            response.release_conn()
-        self.tally["bytes_down"] += len(text)
-        for secret in (self.account.key, self.account.key.partition(":")[2]):
-            text = text.replace(secret, "[key]") if len(secret) > 3 else text
-        return text
-
-    def api(
-        self, method: str, path: str, *, send: Any = None, body: Any = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> Any:
-        """One API request: `send` goes out as JSON (or `body` as it is), JSON comes back."""
-        headers, where = dict(headers or {}), f"{method} {path}".split("?")[0]
-        if send is not None:
-            body, headers["Content-Type"] = json.dumps(send).encode(), "application/json"
-        text = self.text(self.open(method, path, headers, body), where)
-        try:
-            return json.loads(text)
-        except ValueError:
-            text = f"Hedra's answer to {where} is no JSON: {error_words(text)[1][:80]!r}; {LATER}"
-            raise ApiError(text, retryable=True, ambiguous=True) from None
-
-    def persist(self, attempt: Callable[[], T]) -> T:
-        """Repeat a harmless request: a few times after faults, patiently while refused for rate."""
-        refusals = 0
-
-        def paced() -> T:
-            nonlocal refusals
-            while True:
-                try:
-                    return attempt()
-                except RateLimited as error:
-                    refusals += 1
-                    if refusals > PATIENCE or (error.retry_after or 0) > MAX_RETRY_AFTER_S:
-                        raise
-                    self.count_retry(error)
-                    self.governor.too_fast(error)
-
-        return retry(ApiError, TRIES, 1, sleep=self.sleep, on_retry=self.count_retry)(paced)()
-
-    def count_retry(self, error: BaseException) -> None:
-        """For the tally."""
-        self.tally["retries"] += 1
-
-    def call(self, method: str, path: str, *, send: Any = None) -> Any:
-        """An API request that may be repeated without harm."""
-        return self.persist(lambda: self.api(method, path, send=send))
-
-    def upload(self, path: str, file: Path, advance: Advance) -> Any:
-        """Send a file as the multipart field `file`, streamed and with an exact length."""
-        sent = 0
-
-        def count(size: int) -> None:
-            nonlocal sent
-            sent += size
-            self.tally["bytes_up"] += size
-            advance(size)
-
-        def attempt() -> Any:
-            nonlocal sent
-            advance(-sent)
-            sent = 0
-            headers, body = multipart(file, count)
-            return self.api("POST", path, headers=headers, body=body)
-
-        return self.persist(attempt)
-
-    def fetch(self, url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
-        """GET a file from another host: without the key, and only over an encrypted line."""
-        for _ in range(5):
-            plain = {"Accept-Encoding": "identity", **headers}
-            response = self.send("GET", clean_url(url), plain)
-            target = response.headers.get("Location")
-            if response.status not in (301, 302, 303, 307, 308) or not target:
-                return response
-            response.drain_conn()
-            url = urljoin(url, target)
-        raise ApiError("the video's address redirects in a circle", retryable=True)
-
-
-def multipart(file: Path, count: Advance) -> tuple[dict[str, str], Iterator[bytes]]:
-    """Headers and body of an upload. The name in it is ours: a file's own may break a header."""
-    try:
-        stream = file.open("rb")
-    except OSError as error:
-        raise InputError(f"{printable(file)} cannot be read: {error.strerror}") from error
-    size, head = os.fstat(stream.fileno()).st_size, stream.read(16)
-    content_type = sniff(head, "") or "application/octet-stream"
-    boundary = f"hedra-avatar-{os.urandom(12).hex()}"
-    opening = (
-        f'--{boundary}\r\nContent-Disposition: form-data; name="file"; '
-        f'filename="file.{content_type.rpartition("/")[2]}"\r\n'
-        f"Content-Type: {content_type}\r\n\r\n"
-    ).encode()
-    closing = f"\r\n--{boundary}--\r\n".encode()
-
-    def body() -> Iterator[bytes]:
-        with stream:
-            yield opening
-            stream.seek(0)
-            left = size
-            while left and (block := stream.read(min(BLOCK_BYTES, left))):
-                yield block
-                left -= len(block)
-                count(len(block))
-            if left:
-                raise InputError(f"{printable(file)} shrank while it was sent; run it again")
-            yield closing
-
-    return {
-        "Content-Type": f"multipart/form-data; boundary={boundary}",
-        "Content-Length": str(len(opening) + size + len(closing)),
-    }, body()
-
-
-@contextlib.contextmanager
-def given_back(response: urllib3.BaseHTTPResponse) -> Iterator[None]:
-    """Give the connection of an answer back to the pool, which counts them: open if the body was
-    read to its end, else closed."""
-    try:
-        yield
-    finally:
-        response.close()
-        response.release_conn()
-
-
-class Wait(NamedTuple):
-    """How to wait for a generation: seconds between polls, and when to stop (time.monotonic)."""
-
-    interval_s: float
-    deadline: float
-    eta_s: float | None = None
-
-
-def poll_wait_s(interval: float, elapsed: float, polls: int, left: float | None) -> float:
-    """Seconds to the next poll, `left` before the expected end (None: nobody knows it).
-
-    Never more polls than one each interval would have made by then: what is saved early, when a
-    look tells little, is spent after the expected end, where it matters.
-    """
-    if left is None:
-        return interval if polls else 0.0
-    if left > interval:
-        return min(2 * interval, left / 2)
-    return max(left, 0.0 if not polls else interval / 4, polls * interval - elapsed)
-
-
-def iter_polls(
-    http: Transport, look: Callable[[], Status], wait: Wait, gap_s: float
-) -> Iterator[Status]:
-    """Look at a generation until it has ended; raises StillRunning at the deadline.
-
-    Polls that fail are only failed polls: the generation is paid for and goes on. A 404 within
-    GRACE_S means that Hedra has not caught up with its own submit yet.
-    """
-    started, failures, polls, pause = time.monotonic(), 0, 0, 0.0
-    due = None if wait.eta_s is None else started + wait.eta_s
-    while True:
-        now, interval = time.monotonic(), http.governor.poll_interval(wait.interval_s, gap_s)
-        left = None if due is None else due - now
-        pause = max(pause, poll_wait_s(interval, now - started, polls, left))
-        if polls and now >= wait.deadline:
-            raise StillRunning("the time given for it has passed")
-        http.sleep(max(0.0, min(pause, wait.deadline - now)))
-        polls, pause = polls + 1, 0.0
-        try:
-            status = look()
-        except ApiError as error:
-            early = error.status == 404 and time.monotonic() - started < GRACE_S
-            if isinstance(error, RateLimited):
-                http.governor.too_fast(error)
-            elif early or (error.retryable and failures < POLL_FAILURES - 1):
-                failures += 1
-            else:
-                raise
-            http.count_retry(error)
-            pause = backoff_s(failures, 0.5, cap=10.0)
-            continue
-        yield status
-        if status.state in ENDED:
-            return
-        failures = 0
-        due = due if status.eta_s is None else time.monotonic() + status.eta_s
-
-
-# -----------------------------------------------------------------------------
-# web API v2: WebApi
-# -----------------------------------------------------------------------------
-
-
-UUID_SHAPE = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
-
-
-def api_name(file: Path) -> str:
-    """A file's name as an asset's name: what cannot be sent as UTF-8 is replaced."""
-    return file.name.encode("utf-8", "replace").decode()[:255]
-
-
-class WebApi:
-    """Hedra's web API, v2: assets, generations named by an id of ours, credits."""
-
-    unit = "credits"
-    looks_up = True  # a lost submit can be looked for
-    poll_gap_s = 0.01  # of all clips in flight together
-
-    def __init__(self, http: Transport) -> None:
-        self.http = http
-
-    def over(self, http: Transport) -> WebApi:
-        """The same API over another view of the transport."""
-        return WebApi(http)
-
-    def mine(self, **values: Any) -> dict[str, Any]:
-        """A request body, with the workspace where one is set."""
-        workspace = self.http.account.workspace
-        return {**values, "workspace_id": workspace} if workspace else values
-
-    def create_asset(self, name: str, kind: Kind) -> str:
-        """Make the record that a file is uploaded to; its id."""
-        body = self.mine(name=name, type=kind)
-        return str(field(self.http.call("POST", "/assets", send=body), "id", "POST /assets"))
-
-    def upload_asset(self, asset_id: str, file: Path, advance: Advance) -> None:
-        """Send the bytes of an asset."""
-        try:
-            self.http.upload(f"/assets/{quote(asset_id, safe='')}/upload", file, advance)
-        except ApiError as error:
-            if error.status != 409:  # it has the bytes from a try whose answer was lost
-                raise
-
-    def upload(self, file: Path, kind: Kind, advance: Advance) -> Asset:
-        """Hand a file to Hedra; what a submit names it by."""
-        asset_id = self.create_asset(api_name(file), kind)
-        self.upload_asset(asset_id, file, advance)
-        return Asset(asset_id)
-
-    def model(self, asked: str) -> Model:
-        """The model asked for by id or slug, or Character 3, from the catalogue."""
-        entries = self.http.call("GET", "/models")
-        entries = field({"models": entries}, "models", "GET /models", list)
-        if model := choose_model(entries, asked):
-            return model
-        if asked:  # the catalogue does not list all that works: the submit has the last word
-            return Model(asked, "" if UUID_SHAPE.fullmatch(asked) else asked)
-        names = [parse_model(e) for e in entries if takes_portrait_and_audio(e)]
-        listed = ", ".join(f"{m.slug or m.id} ({m.name})" for m in names) or "none at all"
-        raise HedraError(
-            "this account has no Character 3 model; set HEDRA_MODEL_ID (or give --model) to one "
-            f"that takes a portrait and audio: {listed}"
-        )
-
-    def submit(self, order: Order) -> Job:
-        """Start, and pay for, a generation. One request, never repeated here."""
-        name = order.model.slug or order.model.id
-        by_id = not order.model.slug and UUID_SHAPE.fullmatch(order.model.id)
-        body = self.mine(
-            type="video",
-            start_keyframe_id=order.image,
-            audio_id=order.audio,
-            generated_video_inputs={  # no duration_ms: it follows the audio, and is billed by it
-                "text_prompt": order.prompt,
-                "resolution": order.resolution,
-                "aspect_ratio": order.aspect_ratio,
-            },
-        )
-        body["ai_model_id" if by_id else "model_slug"] = name
-        if order.reserved:
-            body["generation_id"] = order.reserved
-        reply = self.http.api("POST", "/generations", send=body)
-        return Job(str(field(reply, "id", "POST /generations")), reply.get("eta_sec"))
-
-    def look(self, generation_id: str) -> Status:
-        """One look at a generation."""
-        path = f"/generations/{quote(generation_id, safe='')}/status"
-        return parse_status(self.http.api("GET", path), f"GET {path}")
-
-    def find(self, reserved: str, audio: str = "", since: float = 0.0) -> str:
-        """The id of a generation that was submitted as `reserved` or with the asset `audio`, or
-        "": a server may have ignored the reserved id, and an asset belongs to one take."""
-        try:
-            self.http.persist(lambda: self.look(reserved))
-            return reserved
-        except ApiError as error:
-            if error.status != 404:
-                raise
-        rows = self.iter_rows(created_after=iso_time(since - 86400)) if audio else ()
-        return next((str(row["id"]) for row in rows if audio in audio_ids(row)), "")
-
-    def find_all(self, reserved: Sequence[str]) -> set[str]:
-        """Which of many reserved ids exist: a folder's worth of `find` in a few requests."""
-        found: set[str] = set()
-        for start in range(0, len(reserved), 50):
-            rows = self.iter_rows(ids=",".join(reserved[start : start + 50]))
-            found.update(str(row.get("id")) for row in rows)
-        return found & set(reserved)
-
-    def iter_rows(self, **query: str) -> Iterator[dict[str, Any]]:
-        """The rows of the list of generations, page by page."""
-        seen: set[str] = set()
-        while True:
-            page = {**query, "type": "video", "limit": "100", "offset": str(len(seen))}
-            reply = self.http.call("GET", f"/generations?{urlencode(page)}")
-            rows = field(reply, "data", "GET /generations", list)
-            fresh = [row for row in rows if str(row.get("id")) not in seen]
-            yield from fresh
-            seen.update(str(row.get("id")) for row in fresh)
-            if not fresh or len(rows) < 100:
-                return
-
-    def iter_status(self, generation_id: str, wait: Wait) -> Iterator[Status]:
-        """Looks at a generation until it has ended; raises StillRunning at the deadline."""
-        return iter_polls(self.http, lambda: self.look(generation_id), wait, self.poll_gap_s)
-
-    def result(self, generation_id: str) -> Status:
-        """A fresh address of the video: from the status or, where that has none, the asset."""
-        status = self.http.persist(lambda: self.look(generation_id))
-        if status.url or not status.asset_id:
-            return status
-        query = urlencode({"type": "video", "ids": status.asset_id})
-        for row in self.http.call("GET", f"/assets?{query}") or ():
-            asset = row.get("asset") or {}
-            if row.get("id") == status.asset_id and (asset.get("download_url") or asset.get("url")):
-                return status._replace(url=asset.get("download_url") or asset["url"])
-        return status
-
-    def price(self, order: Order, seconds: float | None) -> float | None:
-        """Credits for a clip, or None where the catalogue does not tell. [Real bills have run up
-        to 17 % over it.]"""
-        known = order.model.price if seconds is not None else None
-        return parse_price(known, seconds or 0, order.resolution) if known else None
-
-    def balance(self) -> Balance:
-        """What is left, of the workspace where one is set."""
-        reply = self.http.call("GET", "/billing/credits")
-        left = field(reply, "remaining", "GET /billing/credits", (int, float))
-        pools = reply.get("workspace_credit_pool") or {}
-        if pool := pools.get(self.http.account.workspace):
-            left = field(pool, "available", "GET /billing/credits", (int, float))
-        more = {name: reply[name] for name in ("used", "expiring") if name in reply}
-        return Balance(left, self.unit, more)
-
-
-def audio_ids(row: dict[str, Any]) -> list[str]:
-    """The recordings that a row of the list of generations was made with."""
-    used = (row.get("input") or {}).get("audio_id") or []
-    return used if isinstance(used, list) else [used]
-
-
-def iso_time(moment: float) -> str:
-    """An instant as Hedra reads it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(max(0.0, moment)))
-
-
-# -----------------------------------------------------------------------------
-# jobs API v3: JobsApi, iter_events
-# -----------------------------------------------------------------------------
-
-
-STREAM_TRIES = 3
-FIRST_FRAME_S = 10.0  # a stream silent from its start is being buffered by somebody
-
-
-class Event(NamedTuple):
-    """A frame of a stream; a comment is an Event with no name and no data."""
-
-    name: str = ""
-    data: str = ""
-    id: str = ""
-    retry_s: float | None = None
-
-
-def iter_events(blocks: Iterable[bytes]) -> Iterator[Event]:
-    """Server-sent events from a body that arrives in arbitrary pieces (WHATWG HTML, 9.2.6).
-
-    A frame is complete at its blank line; one that was cut is dropped.
-    """
-    buffer, name, data, last_id = b"", "", list[str](), ""
-    for block in blocks:
-        lines = re.split(rb"\r\n|\n|\r(?!$)", buffer + block)
-        buffer = lines.pop()
-        for raw in lines:
-            line = raw.decode("utf-8", "replace")
-            key, _, value = line.partition(":")
-            value = value.removeprefix(" ")
-            if not line:
-                if data or name:
-                    yield Event(name or "message", "\n".join(data), last_id)
-                name, data = "", []
-            elif not key:
-                yield Event()
-            elif key == "event":
-                name = value
-            elif key == "data":
-                data.append(value)
-            elif key == "id":
-                last_id = value
-            elif key == "retry" and value.isdigit():
-                yield Event(retry_s=int(value) / 1000)
-
-
-class JobsApi:
-    """Hedra's jobs API, v3: files by handles that lapse, jobs named by an idempotency key, dollars.
-
-    The same verbs as WebApi's, in the same order.
-    """
-
-    unit = "USD"
-    looks_up = False  # a submit with the same idempotency key is the look: it replays the first
-    poll_gap_s = 1.25  # 60 requests a minute and key, a fifth of them kept for the rest
-
-    def __init__(self, http: Transport) -> None:
-        self.http = http
-        self.quoted: dict[tuple[str, ...], dict[float, float]] = {}
-
-    def over(self, http: Transport) -> JobsApi:
-        """The same API over another view of the transport."""
-        return JobsApi(http)
-
-    def create_asset(self, name: str, kind: Kind) -> str:
-        """The jobs API has no such step; always raises InputError."""
-        raise InputError(
-            "create_asset and upload_asset are of the web API (v2), and this key belongs to the "
-            "jobs API (v3): call upload(file, kind, api_key), which serves both"
-        )
-
-    def upload_asset(self, asset_id: str, file: Path, advance: Advance) -> None:
-        """The jobs API has no such step; always raises InputError."""
-        self.create_asset("", "image")
-
-    def upload(self, file: Path, kind: Kind, advance: Advance) -> Asset:
-        """Hand a file to Hedra; its handle, which lapses after an hour."""
-        reply = self.http.upload("/files", file, advance)
-        handle = str(field(reply, "url", "POST /files"))
-        return Asset(handle, parse_time(reply.get("expires_at")) or time.time() + 3600)
-
-    def model(self, asked: str) -> Model:
-        """The model asked for, or Character 3. A v2 slug ends in the v3 id."""
-        name = asked.rpartition("/")[2] or "hedra-character-3"
-        return Model(name, name, name, RESOLUTIONS, ASPECT_RATIOS, MAX_SECONDS)
-
-    def submit(self, order: Order) -> Job:
-        """Start, and pay for, a job; the same `reserved` replays the first answer."""
-        body: dict[str, Any] = {
-            "input": {
-                **self.wishes(order),
-                "start_image": {"source": "url", "url": order.image},
-                "audio": {"source": "url", "url": order.audio},
-            }
-        }
-        if order.reserved:
-            body["idempotency_key"] = order.reserved
-        reply = self.http.api("POST", self.path(order), send=body)
-        job_id = str(field(reply, "job_id", "the submit"))
-        return Job(job_id, seconds_until(reply.get("estimated_completion_at")))
-
-    def path(self, order: Order) -> str:
-        """Where a model is run."""
-        return f"/models/{quote(order.model.id.rpartition('/')[2], safe='')}"
-
-    def wishes(self, order: Order) -> dict[str, Any]:
-        """The part of a submit's input that is not a file."""
-        return {
-            "prompt": order.prompt,
-            "aspect_ratio": order.aspect_ratio,
-            "resolution": order.resolution,
-        }
-
-    def look(self, job_id: str) -> Status:
-        """One look at a job."""
-        path = f"/jobs/{quote(job_id, safe='')}/status"
-        return parse_status(self.http.api("GET", path), f"GET {path}")
-
-    def find(self, reserved: str, audio: str = "", since: float = 0.0) -> str:
-        """Nothing to look for: no list tells a job by its key, and a repeated submit is safe."""
-        return ""
-
-    def find_all(self, reserved: Sequence[str]) -> set[str]:
-        """Nothing to look for, see `find`."""
-        return set()
-
-    def iter_status(self, job_id: str, wait: Wait) -> Iterator[Status]:
-        """Changes of a job from its stream; where that does not answer, by polling. Raises
-        StillRunning at the deadline."""
-        with contextlib.closing(self.iter_looks(job_id, wait)) as looks:
-            status = Status(QUEUED)
-            while status.state not in ENDED:
-                status = next(looks)
-                if status.state not in ENDED:
-                    yield status
-        result = self.result(job_id)  # the stream's connection is free by now
-        yield result if result.state in ENDED else result._replace(state=status.state)
-
-    def iter_looks(self, job_id: str, wait: Wait) -> Generator[Status, None, None]:
-        """Frames of the stream, reopened where it is cut; after STREAM_TRIES in vain, polls."""
-        vain, last_id = 0, ""
-        polls = iter_polls(self.http, lambda: self.look(job_id), wait, self.poll_gap_s)
-        while vain < STREAM_TRIES:
-            vain, pause_s = vain + 1, wait.interval_s
-            try:
-                with contextlib.closing(self.iter_stream(job_id, last_id, wait)) as events:
-                    for event in events:
-                        last_id, pause_s = event.id or last_id, event.retry_s or pause_s
-                        if event.name == "status":
-                            vain = 0
-                            yield parse_event(event)
-            except ApiError as error:
-                if isinstance(error, RateLimited):
-                    self.http.governor.too_fast(error)
-                vain = STREAM_TRIES if error.code == "BUFFERED" else vain
-            yield next(polls)  # what has been missed
-            if vain < STREAM_TRIES:
-                self.http.sleep(min(pause_s, max(0.0, wait.deadline - time.monotonic())))
-        yield from polls
-
-    def iter_stream(self, job_id: str, last_id: str, wait: Wait) -> Generator[Event, None, None]:
-        """The events of one connection to a job's stream; ends where the stream does."""
-        path = f"/jobs/{quote(job_id, safe='')}/stream"
-        headers = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
-        if last_id:
-            headers["Last-Event-Id"] = last_id
-        first_s = min(FIRST_FRAME_S, self.http.account.silence_s)
-        response = self.http.open("GET", path, headers, silence_s=first_s)
-        with given_back(response):
-            if "text/event-stream" not in response.headers.get("Content-Type", ""):
-                raise ApiError("the stream is none", code="BUFFERED", retryable=True)
-            events = iter_events(self.iter_blocks(response, f"GET {path}"))
-            for event in events:
-                if time.monotonic() > wait.deadline:
-                    raise StillRunning("the time given for it has passed")
-                if event.name == "done":
-                    return
-                if event.name == "status" and is_last(event):
-                    drain(response, events)
-                yield event
-
-    def iter_blocks(self, response: urllib3.BaseHTTPResponse, where: str) -> Iterator[bytes]:
-        """The body of a stream as it arrives. Silence before the first byte means that something
-        on the way holds it back; later, only that nothing has happened."""
-        import urllib3
-
-        patient = False
-        try:
-            while block := response.read1(BLOCK_BYTES, decode_content=False):
-                self.http.tally["bytes_down"] += len(block)
-                yield block
-                if not patient:
-                    patient = be_silent_for(response, self.http.account.silence_s)
-        except urllib3.exceptions.HTTPError as error:
-            broken = lost(error, where, FIRST_FRAME_S)
-            broken.code = "" if patient else "BUFFERED"
-            raise broken from None
-
-    def result(self, job_id: str) -> Status:
-        """The end of a job: address of the video, cost in dollars, or why there is none."""
-        path = f"/jobs/{quote(job_id, safe='')}"
-        reply = self.http.call("GET", path)
-        status = parse_status(reply, f"GET {path}")
-        output = (reply.get("outputs") or [{}])[0]
-        if output.get("status") == "EXPIRED":
-            raise HedraError(
-                f"the video of {job_id} has expired: Hedra keeps outputs for 48 hours; "
-                "--force pays for a new take"
-            )
-        if output.get("status") == "FAILED":
-            failure, transient = parse_failure(output.get("error"))
-            status = status._replace(state=FAILED, failure=failure, transient=transient)
-        return status._replace(url=str(output.get("url") or ""), cost=reply.get("cost"))
-
-    def price(self, order: Order, seconds: float | None) -> float | None:
-        """Dollars for a clip, or None where Hedra does not tell before it has the files. Between
-        two durations that were asked for the price is interpolated: a folder would else use up
-        the minute's requests."""
-        if seconds is None:
-            return None
-        known = self.quoted.setdefault((order.model.id, order.resolution, order.aspect_ratio), {})
-        if (price := interpolate(known, seconds)) is not None:
-            return price
-        wishes = {**self.wishes(order), "duration_ms": round(seconds * 1000)}
-        try:
-            reply = self.http.call("POST", f"{self.path(order)}/estimate", send={"input": wishes})
-        except ApiError as error:
-            if error.status in (400, 404, 422):
-                return None
-            raise
-        known[seconds] = float(field(reply, "cost", "the estimate", (int, float)))
-        return known[seconds]
-
-    def balance(self) -> Balance:
-        """What is left in the wallet, in US dollars."""
-        reply = self.http.call("GET", "/balance")
-        left = float(field(reply, "balance", "GET /balance", (int, float)))
-        return Balance(left, str(reply.get("currency") or self.unit))
-
-
-def interpolate(known: Mapping[float, float], x: float) -> float | None:
-    """The value at x between the two nearest known ones, None where x is not between any."""
-    low = max((at for at in known if at <= x), default=None)
-    high = min((at for at in known if at >= x), default=None)
-    if low is None or high is None:
-        return None
-    share = (x - low) / (high - low) if high > low else 0.0
-    return round(known[low] + share * (known[high] - known[low]), 4)
-
-
-def be_silent_for(response: urllib3.BaseHTTPResponse, seconds: float) -> bool:
-    """Let the rest of a body come with pauses of so many seconds; whether that could be set."""
-    socket = getattr(getattr(response, "connection", None), "sock", None)
-    if socket is not None:
-        socket.settimeout(seconds)
-    return socket is not None
-
-
-def drain(response: urllib3.BaseHTTPResponse, events: Iterator[Event]) -> None:
-    """Read what comes after the last status, for the next request to have the connection; not
-    for long, as nothing depends on it."""
-    if be_silent_for(response, 1.0):
-        with contextlib.suppress(ApiError):
-            for _ in zip(range(8), events, strict=False):
-                continue
-
-
-def parse_event(event: Event) -> Status:
-    """What a status frame says."""
-    try:
-        return parse_status(json.loads(event.data), "its stream")
-    except ValueError:
-        raise ApiError("a frame of the stream is no JSON", retryable=True) from None
-
-
-def is_last(event: Event) -> bool:
-    """Whether a status frame is of a job that has ended."""
-    return parse_event(event).state in ENDED
-
-
-Api = WebApi | JobsApi
-
-
-def api_for(http: Transport) -> Api:
-    """The API that a key belongs to: the one place where the two are told apart."""
-    return JobsApi(http) if ":" in http.account.key else WebApi(http)
-
-
-# -----------------------------------------------------------------------------
-# reporting: View, Lines, Bars, open_view
-# -----------------------------------------------------------------------------
-
-
-def written(stream: Any, text: str) -> bool:
-    """Write a line in one piece, as others write, too; whether that worked. A pipe or a disk that
-    takes no more words must not stop a clip."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: it is closed
-        stream.write(f"{text}\n")
-        stream.flush()
-        return True
-    return False
-
-
-class View:
-    """Where progress goes; this one shows nothing but results. `what` is a piece of a clip's
-    work: its portrait, recording, generation or download."""
-
-    verbose = 0
-    mute = False  # while an outage has been told of
-    deaf = False  # a result could not be written
-
-    def say(self, text: str) -> None:
-        """A line that belongs to no clip's progress."""
-
-    def state(self, clip: str, state: str, detail: str = "") -> None:
-        """A clip has changed its state."""
-
-    def start(self, clip: str, what: str, total: int) -> None:
-        """The bytes of `what` begin to move, `total` of them."""
-
-    def advance(self, clip: str, what: str, count: int) -> None:
-        """Bytes of `what` have moved."""
-
-    def finish(self, clip: str, what: str) -> None:
-        """`what` is over."""
-
-    def progress(self, clip: str, state: str, fraction: float | None) -> None:
-        """The generation is in `state`, this far (0..1)."""
-
-    def expect(self, clips: int) -> None:
-        """A batch of so many clips begins."""
-
-    def done(self, clip: str, failed: bool, spent: str) -> None:
-        """A clip of the batch is over; what the batch has cost by now."""
-
-    def result(self, text: str) -> None:
-        """A result, on standard output."""
-        self.deaf |= not written(sys.stdout, text)
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-
-
-class Lines(View):
-    """For logs: one plain line a change of state."""
-
-    def __init__(self, verbose: int = 0) -> None:
-        self.verbose, self.lock, self.states = verbose, threading.Lock(), dict[str, str]()
-
-    def say(self, text: str) -> None:
-        with self.lock:
-            if not self.mute:
-                written(sys.stderr, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(text)}")
-
-    def state(self, clip: str, state: str, detail: str = "") -> None:
-        with self.lock:
-            same = self.states.get(clip) == state
-            self.states[clip] = state
-        if not same:
-            self.say(f"{clip}: {state}" + (f" ({detail})" if detail else ""))
-
-    def progress(self, clip: str, state: str, fraction: float | None) -> None:
-        if state != FAILED:  # that line comes with the reason
-            self.state(clip, state)
-
-    def done(self, clip: str, failed: bool, spent: str) -> None:
-        with self.lock:
-            self.states.pop(clip, None)
-
-
-class Bars(View):
-    """For a terminal: a bar for each thing that moves, or, in a batch, one for the whole."""
-
-    def __init__(self, verbose: int = 0) -> None:
-        self.verbose, self.lock, self.bars = verbose, threading.RLock(), dict[str, Any]()
-        self.overall: Any = None
-        self.tqdm = need("tqdm").tqdm
-        self.tqdm.monitor_interval = 0  # no thread of tqdm's own
-
-    def say(self, text: str) -> None:
-        with self.lock:
-            self.tqdm.write(printable(text), file=sys.stderr)
-
-    def state(self, clip: str, state: str, detail: str = "") -> None:
-        if self.verbose or (self.overall is not None and state == "failed"):
-            self.say(f"{clip}: {state}" + (f" ({detail})" if detail else ""))
-
-    def start(self, clip: str, what: str, total: int) -> None:
-        with self.lock:
-            if what not in self.bars and self.overall is None:
-                units = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
-                self.bars[what] = self.tqdm(desc=what, total=total, file=sys.stderr, **units)
-
-    def advance(self, clip: str, what: str, count: int) -> None:
-        with self.lock:
-            if what in self.bars:
-                self.bars[what].update(count)
-
-    def finish(self, clip: str, what: str) -> None:
-        with self.lock:
-            if what in self.bars:
-                self.bars.pop(what).close()
-
-    def progress(self, clip: str, state: str, fraction: float | None) -> None:
-        with self.lock:
-            if self.overall is None:
-                shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
-                if "generation" not in self.bars:
-                    name = f"{printable(clip)}: {state}"
-                    new = self.tqdm(desc=name, total=100, bar_format=shape, file=sys.stderr)
-                    self.bars["generation"] = new
-                bar = self.bars["generation"]
-                bar.set_description_str(f"{printable(clip)}: {state}", refresh=False)
-                bar.n = 100 if state == COMPLETE else round(100 * (fraction or 0))
-                bar.refresh()
-
-    def expect(self, clips: int) -> None:
-        with self.lock:
-            self.overall = self.tqdm(desc="clips", total=clips, unit="clip", file=sys.stderr)
-            self.bars["overall"] = self.overall
-
-    def done(self, clip: str, failed: bool, spent: str) -> None:
-        with self.lock:
-            if self.overall is not None:
-                self.overall.set_postfix_str(spent, refresh=False)
-                self.overall.update()
-
-    def result(self, text: str) -> None:
-        with self.lock, self.tqdm.external_write_mode(file=sys.stdout):
-            super().result(text)
-
-    def close(self) -> None:
-        with self.lock:
-            while self.bars:
-                self.bars.popitem()[1].close()
-
-
-def open_view(quiet: bool = False, verbose: int = 0) -> View:
-    """Bars on a terminal, lines in a log, nothing where nothing is wanted."""
-    if quiet:
-        return View()
-    columns = 80
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        columns = os.get_terminal_size(sys.stderr.fileno()).columns
-    return Bars(verbose) if sys.stderr and sys.stderr.isatty() and columns else Lines(verbose)
-
-
-# -----------------------------------------------------------------------------
-# waiting and downloading: await_end, fresh_address, Part, download
-# -----------------------------------------------------------------------------
-
-
-def await_end(api: Api, generation_id: str, wait: Wait, view: View, name: str) -> Status:
-    """Wait until a generation has ended; raises GenerationFailed or StillRunning."""
-    started, status = time.monotonic(), Status(QUEUED)
-    try:
-        for status in api.iter_status(generation_id, wait):
-            view.progress(name, status.state, status.progress)
-    except StillRunning:
-        raise StillRunning(
-            f"generation {generation_id} is still {status.state} after "
-            f"{time.monotonic() - started:.0f} s; it goes on at Hedra and is not lost: "
-            "run the same command again to fetch it",
-            generation_id=generation_id,
-        ) from None
-    finally:
-        view.finish(name, "generation")
-    if status.state == FAILED:
-        raise GenerationFailed(
-            f"Hedra could not make it: {status.failure} [generation {generation_id}]",
-            generation_id=generation_id,
-            transient=status.transient,
-        )
-    return status
-
-
-def fresh_address(api: Api, generation_id: str, interval_s: float) -> str:
-    """A new address of a finished video; Hedra may need a moment to have one."""
-    for _ in range(10):
-        if url := api.result(generation_id).url:
-            return url
-        api.http.sleep(interval_s)
-    raise ApiError(
-        f"generation {generation_id} is complete but Hedra gives no address for the video; "
-        "it is not lost: run the same command again later",
-        retryable=True,
-    )
-
-
-class Part:
-    """The hidden file that a video grows in, `.x.mp4.part`, and the ETag that it began with.
-
-    Only the owner of the file's lock may use it; it holds one generation's bytes.
-    """
-
-    def __init__(self, path: Path, descriptor: int, generation_id: str) -> None:
-        self.path, self.generation_id = path, generation_id
-        self.tag_path = path.with_name(f"{path.name}.json")
-        self.file = os.fdopen(descriptor, "r+b", buffering=0, closefd=False)
-        self.etag = ""
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            tag = json.loads(self.tag_path.read_text())
-            self.etag = tag.get("etag", "") if tag.get("generation") == generation_id else ""
-
-    def restart(self, etag: str | None) -> None:
-        """Begin again from nothing, with a strong ETag or none."""
-        self.tag_path.unlink(missing_ok=True)
-        self.file.seek(0)
-        self.file.truncate()
-        self.etag = etag if etag and not etag.startswith("W/") else ""
-        if self.etag:
-            tag = {"generation": self.generation_id, "etag": self.etag}
-            write_durably(self.tag_path, json.dumps(tag), sync=False)
-
-    @property
-    def size(self) -> int:
-        """Bytes so far."""
-        return self.file.seek(0, os.SEEK_END)
-
-    def become(self, target: Path) -> None:
-        """Take the video's own name, now that it is whole."""
-        os.fsync(self.file.fileno())
-        os.replace(self.path, target)
-        self.tag_path.unlink(missing_ok=True)
-        sync_folder(target.parent)
-
-
-HEAD_BYTES = 8  # of an MP4: the length of its first box, and `ftyp`
-
-
-def total_of(response: urllib3.BaseHTTPResponse, part: Part) -> int | None:
-    """Get `part` ready for an answer's body: how long the video is in all, None if unknown.
-
-    Raises ApiError for an answer that is no piece of this video.
-    """
-    content_range = response.headers.get("Content-Range", "")
-    piece = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", content_range)
-    if response.status == 206 and piece and int(piece[1]) == part.size > 0:
-        return int(piece[2])
-    if response.status == 416 and content_range == f"bytes */{part.size}" and part.size:
-        return part.size
-    if response.status in (206, 416):
-        part.restart("")
-        raise ApiError("the server sent another piece than was asked for", retryable=True)
-    if response.status != 200:
-        raise ApiError(
-            f"the video's address answered {response.status}",
-            status=response.status,
-            retry_after=parse_retry_after(response.headers.get("Retry-After")),
-            retryable=True,  # with a fresh address: this one may have expired
-        )
-    part.restart(response.headers.get("ETag"))
-    length = response.headers.get("Content-Length", "")
-    return int(length) if length.isdigit() else None
-
-
-def fetch_into(http: Transport, url: str, part: Part, count: Callable[[int, int], object]) -> None:
-    """One request for what `part` lacks; raises ApiError where it is not whole afterwards."""
-    import urllib3
-
-    if not part.etag:  # nothing would tell that the rest fits
-        part.restart("")
-    headers = {"Range": f"bytes={part.size}-", "If-Range": part.etag} if part.size else {}
-    response = http.fetch(url, headers)
-    with given_back(response):
-        total = total_of(response, part)
-        begun = part.size >= HEAD_BYTES
-        try:
-            while response.status != 416 and (block := response.read1(BLOCK_BYTES)):
-                write_all(part, block)
-                http.tally["bytes_down"] += len(block)
-                count(len(block), total or 0)
-                begun = begun or check_head(part)
-        except urllib3.exceptions.HTTPError as error:
-            raise lost(error, "the download", http.account.silence_s) from None
-        if not begun or part.size < (total or 0) or (total is None and is_cut(part)):
-            raise ApiError(f"the video was cut at {part.size:,} bytes", retryable=True)
-        if total is not None and part.size > total:
-            part.restart("")
-            raise ApiError(f"more came than the {total:,} bytes promised", retryable=True)
-
-
-def check_head(part: Part) -> bool:
-    """Whether the video has begun; raises ApiError where what came is something else."""
-    part.file.seek(0)
-    head = part.file.read(HEAD_BYTES)
-    part.file.seek(0, os.SEEK_END)
-    if len(head) == HEAD_BYTES and head[4:] != b"ftyp":
-        part.restart("")
-        raise ApiError("what came from the video's address is no MP4", retryable=True)
-    return len(head) == HEAD_BYTES
-
-
-def is_cut(part: Part) -> bool:
-    """Whether a video that came without its length ends within one of its boxes."""
-    at, size = 0, part.size
-    while at < size:
-        part.file.seek(at)
-        head = part.file.read(16)
-        length = int.from_bytes(head[:4], "big")
-        if not re.fullmatch(rb"ftyp|moov|mdat|free|skip|wide|moof|mfra|sidx|uuid", head[4:8]):
-            return len(head) < 8  # nothing that could be told by its boxes
-        if length == 0:  # the box goes on to the end of the file, wherever that is
-            return False
-        at += int.from_bytes(head[8:], "big") if length == 1 else max(length, 8)
-    return at > size
-
-
-def write_all(part: Part, block: bytes) -> None:
-    """Write a block to its last byte: an unbuffered write may take only a part of it."""
-    view = memoryview(block)
-    while view:
-        view = view[part.file.write(view) :]
-
-
-def download(api: Api, generation_id: str, url: str, target: Path, wait: Wait, view: View) -> None:
-    """Bring a finished video to `target`: whole and synced to disk, or not there at all.
-
-    Takes up a download that was cut, asks for a fresh address where one has expired, and gives up
-    after TRIES in a row that got no further (ApiError). Raises HedraError on a full disk.
-    """
-    http, name = api.http, target.stem
-    hidden = target.with_name(f".{target.name}.part")
-
-    def count(size: int, total: int) -> None:
-        view.start(name, "download", total)
-        view.advance(name, "download", size)
-
-    with locked(hidden, http.sleep) as descriptor, contextlib.ExitStack() as stack:
-        stack.callback(view.finish, name, "download")
-        part, failures = Part(hidden, descriptor, generation_id), 0
-        furthest = part.size
-        while True:
-            try:
-                url = url or fresh_address(api, generation_id, wait.interval_s)
-                fetch_into(http, url, part, count)
-                return part.become(target)
-            except ApiError as error:
-                failures = 1 if part.size > furthest else failures + 1
-                furthest = max(furthest, part.size)
-                if failures >= TRIES or not error.retryable:
-                    raise
-                http.count_retry(error)
-                after = min(error.retry_after or 0.0, MAX_RETRY_AFTER_S)
-                http.sleep(after or backoff_s(failures - 1, 1.0, cap=8.0))
-                url = "" if error.status else url  # it has answered, but not with the video
-
-
-# -----------------------------------------------------------------------------
-# ledger: Record, Ledger, Digests
-# -----------------------------------------------------------------------------
-
-
-class Record(dict[str, Any]):
+class Record(Reply):
     """A small JSON file, readable by a person; only the owner of its lock may save it."""
 
-    def __init__(self, path: Path, values: Mapping[str, Any] | None = None) -> None:
-        super().__init__(values or {})
+    def __init__(self, path: Path, values: Any = None) -> None:
+        super().__init__(values, str(path))
         self.path = path
 
     def save(self, *, sync: bool = False, **changes: Any) -> None:
-        """Change some values, for every process to see; with `sync` a power cut spares them."""
-        self.update(changes)
-        write_durably(self.path, json.dumps(self, indent=1, ensure_ascii=False) + "\n", sync=sync)
+        """Change some values in one step: who reads it sees the old text or the new; with `sync` a
+        power cut spares them. Raises OSError that names the file."""
+        self.values.update(changes)
+        text = json.dumps(self.values, indent=1, ensure_ascii=False) + "\n"
+        draft = self.path.with_name(f".{self.path.name}.{os.getpid()}.{threading.get_ident()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with draft.open("wb") as stream:
+                # In JSON such an escape stands for the bytes of a file name that are no UTF-8.
+                stream.write(text.encode("utf-8", "backslashreplace"))
+                stream.flush()
+                if sync:
+                    os.fsync(stream.fileno())
+            os.replace(draft, self.path)
+            if sync:
+                sync_folder(self.path.parent)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+
+@functools.cache
+def lock_file(path: Path) -> int:
+    """A file whose bytes are locks, opened once a process: closing any descriptor ends them all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
 
 class Ledger:
-    """What is known of clips and assets: a record each, a lock each, shared by all processes."""
+    """What is known of clips, speeches, assets and files: a record each, shared by all processes
+    and by the users of a group (files are made as the umask has them)."""
 
-    def __init__(self, folder: Path, sleep: Sleep, view: View) -> None:
-        self.folder, self.sleep, self.view = folder, sleep, view
+    guard, held = threading.Lock(), set[tuple[Path, int]]()  # by the threads of this process
+
+    def __init__(self, folder: Path, sleep: Sleep, say: Callable[[str], object]) -> None:
+        self.folder, self.sleep, self.say = folder, sleep, say
+        self.home = os.path.abspath(folder.parent)
+        self.seen: dict[str, tuple[str, Media]] = {}
 
     def load(self, kind: str, key: str, *, owned: bool = False) -> Record:
         """The record, empty if there is none. A damaged one is set aside by its owner, and what
         can still be read of it (which take it was) is kept: forgetting that could pay again."""
-        path = self.folder / kind / f"{key}.json"
+        path = Path(f"{self.folder}/{kind}/{key}.json")
         try:
             raw = path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return Record(path)
         with contextlib.suppress(ValueError):
-            values = json.loads(raw)
-            if isinstance(values, dict):
+            if isinstance(values := read_json(raw), dict):
                 return Record(path, values)
         text = raw.decode("utf-8", "replace")
         kept = dict(re.findall(r'"(take|audio|generation_id)": "([^"\\]+)"', text))
-        record = Record(path, {**kept, "state": "intent"} if kept else {})
+        takes = re.findall(r'"([0-9a-f]{16})"', text.partition('"takes": [')[2].partition("]")[0])
+        record = Record(path, {**kept, "takes": takes, "state": "intent"})
         if owned:
             aside = path.with_name(f"{key}.damaged-{time.time_ns()}")
-            self.view.say(f"warning: {path} is damaged, set aside as {aside.name}; Hedra is asked")
+            self.say(f"warning: {path} is damaged, set aside as {aside.name}; Hedra is asked")
             os.replace(path, aside)
             record.save(sync=True)
         return record
 
     @contextlib.contextmanager
-    def own(
-        self, kind: str, key: str, waiting: Callable[[], object] = lambda: None
-    ) -> Iterator[Record]:
-        """The record while nobody else has it; waits for the one who has."""
-        lock = self.folder / kind / f"{key}.lock"
-        with locked(lock, self.sleep, waiting):
-            try:
-                yield self.load(kind, key, owned=True)
-            finally:
-                lock.unlink(missing_ok=True)
+    def own(self, name: str, waiting: Callable[[], object] | str = BUSY) -> Iterator[None]:
+        """Be the only one who has that name. Who comes second waits and calls `waiting` meanwhile,
+        or, where that is a text, gets an InputError of it. The kernel frees it with its owner."""
+        import fcntl
 
-
-def signature(file: Path) -> str:
-    """What changes when a file does: size, time and inode."""
-    stat = os.stat(file)
-    return f"{stat.st_size}.{stat.st_mtime_ns}.{stat.st_ino}"
-
-
-def content_digest(file: Path) -> str:
-    """The digest of a whole file. Of the standard library's hashes blake2b is the one that is
-    fast on every processor."""
-    import hashlib
-
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def video_digest(file: Path) -> str:
-    """The digest of sixteen samples and the size: tells one take from another at any size."""
-    import hashlib
-
-    digest, size = hashlib.blake2b(digest_size=16), file.stat().st_size
-    digest.update(str(size).encode())
-    with file.open("rb", buffering=0) as stream:
-        for n in range(16):
-            stream.seek(max(0, size - 65536) * n // 15)
-            digest.update(stream.read(65536))
-    return digest.hexdigest()
-
-
-class Digests:
-    """Digests of files, remembered by path and signature in one text file that only grows.
-
-    It is a cache: lines may be torn or lost, then a file is read again.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.lock = path, threading.RLock()
-        self.descriptor = -1
-
-    @functools.cached_property
-    def known(self) -> dict[str, list[str]]:
-        """By path: signature and digest, the last line of a path counting."""
+        path, at = self.folder.absolute() / "locks", int(digest_of(name)[:15], 16)
+        descriptor = lock_file(path)
+        while True:
+            with self.guard, contextlib.suppress(BlockingIOError, PermissionError):  # not free
+                if (path, at) not in self.held:
+                    fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, at)
+                    self.held.add((path, at))
+                    break
+            if isinstance(waiting, str):
+                raise InputError(waiting)
+            self.sleep(0.05)
+            waiting()
         try:
-            lines = self.path.read_text("utf-8", "replace").split("\n")
-        except OSError:
-            return {}
-        known = {p[2]: p[:2] for line in lines if len(p := line.split(" ", 2)) == 3}
-        if len(lines) > 2 * len(known) + 1000:
-            text = "".join(f"{sign} {digest} {path}\n" for path, (sign, digest) in known.items())
-            write_durably(self.path, text, sync=False)
-        return known
+            yield
+        finally:
+            with self.guard, contextlib.suppress(OSError):
+                self.held.discard((path, at))
+                fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, at)
 
-    def get(self, file: Path) -> str:
-        """The digest of a file that has not changed since it was read, else ""."""
-        with self.lock, contextlib.suppress(OSError):
-            sign, digest = self.known.get(self.name(file), ("", ""))
-            return digest if sign == signature(file) else ""
-        return ""
-
-    def of(self, file: Path, read: Callable[[Path], str] = content_digest) -> str:
-        """The digest of a file, read only if it must be; raises InputError if it changes."""
-        if known := self.get(file):
-            return known
-        sign = signature(file)
-        digest = read(file)
-        if sign != signature(file):
+    def media(self, file: Path, kind: Kind) -> Media:
+        """What a file is, with its digest; read only if it has changed since the last time, or its
+        duration, which an ffprobe might tell by now, is not known. Raises InputError."""
+        name = os.path.abspath(file)
+        if not os.path.exists(name):
+            return inspect_file(file, kind)  # which says why
+        sign = signature(name)
+        if (seen := self.seen.get(name)) and seen[0] == sign:
+            return seen[1]
+        record = self.load("files", digest_of(name))
+        media = Media(
+            record.text("content_type"), int(record.number("size_bytes") or 0),
+            record.number("seconds"), record.text("digest"),
+        )
+        known = record.text("signature") == sign and media.digest and media.size_bytes
+        timed = kind == "image" or media.seconds is not None
+        if known and timed and media.content_type.startswith(kind):
+            self.seen[name] = sign, media
+            return media
+        media = inspect_file(file, kind)._replace(digest=content_digest(file))
+        if sign != signature(name):
             raise InputError(f"{printable(file)} changes while it is read; run it again later")
-        self.keep(file, digest)
-        return digest
+        record.save(file=printable(name), signature=sign, **media._asdict())
+        return media
 
-    def name(self, file: Path) -> str:
-        """A path as it stands in the text file: absolute, and on one line."""
-        return json.dumps(os.path.abspath(file))
+    def place(self, file: Path) -> str:
+        """A file's name in the ledger: from the cache's own folder on, as both may be moved."""
+        return os.path.abspath(file).removeprefix(self.home + os.sep)
 
-    def keep(self, file: Path, digest: str) -> None:
-        """Remember the digest of a file as it is now."""
-        with self.lock:
-            line = (signature(file), digest)
-            self.known[self.name(file)] = list(line)
-            if self.descriptor < 0:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-                self.descriptor = os.open(self.path, flags, 0o644)
-            os.write(self.descriptor, f"{line[0]} {line[1]} {self.name(file)}\n".encode())
+    def find(self, record: Record, target: Path, *, nearby: bool = False) -> Path | None:
+        """Where a take's result lies whole on this disk: at the target, or where it once was; or,
+        `nearby`, under any name beside those."""
+        places, seen = record.part("videos"), record.part("seen")
+        digests = {places.text(place) for place in places.values}
+        files = [target, *(Path(self.home, place) for place in places.values)]
+        if nearby:
+            files += [file for folder in {f.parent for f in files} for file in folder.glob("*.mp4")]
+        for file in files:
+            with contextlib.suppress(OSError, InputError):
+                sign = seen.text(self.place(file))
+                if sign == signature(file) or video_digest(file) in digests:
+                    return file
+        return None
 
+    def keep(self, record: Record, target: Path, **changes: Any) -> None:
+        """Write down that a take's result lies at `target`."""
+        place = self.place(target)
+        videos = {**record.part("videos").values, place: video_digest(target)}
+        seen = {**record.part("seen").values, place: signature(target)}
+        record.save(videos=videos, seen=seen, **changes)
 
-def remembered_model(api: Api, asked: str, *, max_age_s: float = math.inf) -> Model | None:
-    """The model this account was last told of, from `.cache/model_id`."""
-    account = api.http.account
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        entries = json.loads((account.cache / "model_id").read_text())
-        entry = entries[f"{account.id} {asked}".strip()]
-        if time.time() - entry["at"] < max_age_s:
-            return Model(**entry["model"])
-    return None
+    def is_ours(self, file: Path) -> bool:
+        """Whether a file is the result of any take."""
+        digest = video_digest(file).encode()
+        return any(digest in path.read_bytes() for path in self.paths("clips"))
 
-
-def remember_model(api: Api, asked: str, model: Model) -> None:
-    """Write the choice down."""
-    account, entries = api.http.account, dict[str, Any]()
-    path = account.cache / "model_id"
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        entries.update(json.loads(path.read_text()))
-    name = f"{account.id} {asked}".strip()
-    entries[name] = {"at": int(time.time()), "model": model._asdict()}
-    write_durably(path, json.dumps(entries, indent=1), sync=False)
+    def paths(self, kind: str) -> list[Path]:
+        """All records of a kind."""
+        return sorted((self.folder / kind).glob("*.json"))
 
 
-def find_model(api: Api, asked: str = "", *, max_age_s: float = math.inf) -> Model:
-    """The model asked for, or Character 3: remembered, else looked up, once, and remembered."""
-    with api.http.looking_up:
-        if model := remembered_model(api, asked, max_age_s=max_age_s):
-            return model
-        old = remembered_model(api, asked)  # its price is old; the choice itself stays
-        model = api.model(old.slug or old.id if old else asked)
-        remember_model(api, asked, model)
+# ---- waiting and downloading: await_end, Part, download -----------------------------------------
+
+def await_end(
+    api: Api, generation_id: str, name: str, view: View, interval_s: float, grace_s: float
+) -> Status:
+    """Wait until a generation has ended; raises GenerationFailed or StillRunning."""
+    status = Status(QUEUED)
+    api.http.waiting += 1  # without a lock, as it only steers how often is asked
+    try:
+        for status in api.iter_status(generation_id, interval_s, grace_s):
+            view.state(name, status.state, share=status.progress)
+    except StillRunning:
+        text = f"generation {generation_id} is still {status.state} and goes on at Hedra; {LATER}"
+        raise StillRunning(text, generation_id=generation_id) from None
+    finally:
+        api.http.waiting -= 1
+    if status.state == FAILED:
+        text = f"Hedra could not make it: {status.failure} [generation {generation_id}]"
+        raise GenerationFailed(text, generation_id=generation_id, transient=status.transient)
+    return status
+
+
+def fresh_address(api: Api, generation_id: str, kind: str, interval_s: float) -> str:
+    """A new address of a finished result; Hedra may need a moment to have one."""
+    for _ in range(10):
+        if url := api.result(generation_id, kind).url:
+            return url
+        api.http.sleep(interval_s)
+    text = f"Hedra gives no address for the finished generation {generation_id}; {LATER}"
+    raise ApiError(text, retryable=True, generation_id=generation_id)
+
+
+def hidden(target: Path, of: str = "") -> Path:
+    """A hidden file beside a target, with a name that is short however long the target's is."""
+    return target.with_name(f".{digest_of(target.name, of)[:16]}.part")
+
+
+class Part(NamedTuple):
+    """The hidden file that one generation's result grows in, for the owner of the target alone;
+    the ETag that it began with is in `memo`, the record of its take."""
+
+    http: Transport
+    file: IO[bytes]
+    memo: Record
+    moved: Callable[[int, int], object]
+
+    def restart(self, etag: str = "") -> None:
+        """Begin again from nothing, with a strong ETag or none."""
+        self.file.seek(0)
+        self.file.truncate()
+        self.memo.save(etag="" if etag.startswith("W/") else etag)
+
+    def begin(self, response: urllib3.BaseHTTPResponse) -> int:
+        """Get ready for an answer's body; the file's length, 0 if unknown. Raises ApiError."""
+        headers, size = response.headers, self.file.tell()
+        if response.status == 200:
+            self.restart(headers.get("ETag", ""))
+            length = headers.get("Content-Length", "")
+            return int(length) if re.fullmatch(r"\d{1,15}", length) else 0
+        if response.status not in (206, 416):  # this address may have expired, a fresh one not
+            text, after = "the address of the result answered", headers.get("Retry-After")
+            wait_s = parse_retry_after(after)
+            text = f"{text} {response.status}; the clip is paid for and not lost: {LATER}"
+            raise ApiError(text, retryable=True, retry_after=wait_s, code="ADDRESS")
+        shape = r"(\d{1,15})-\d+/(\d{1,15})" if response.status == 206 else r"\*/((\d{1,15}))"
+        piece = re.fullmatch(f"bytes {shape}", headers.get("Content-Range", ""))
+        if piece and int(piece[1]) == size > 0:
+            return int(piece[2])
+        self.restart()
+        raise ApiError("the server sent another piece than was asked for", retryable=True)
+
+    def receive(self, response: urllib3.BaseHTTPResponse, total: int) -> None:
+        """Append a body; raises ApiError if it stands still or has no end, StillRunning if late."""
+        since, mark = time.monotonic(), self.file.tell()
+        for block in self.http.blocks(response, "the download"):
+            self.file.write(block)
+            self.moved(len(block), total)
+            if (size := self.file.tell()) >= mark + PROGRESS_BYTES:
+                since, mark = time.monotonic(), size
+            elif time.monotonic() - since > self.http.account.silence_s:
+                raise ApiError(f"the download stalls at {size:,} bytes; {LATER}", retryable=True)
+            if max(size, total) > VIDEO_BYTES:
+                self.restart()
+                raise ApiError(f"no video has {max(size, total):,} bytes; what came was dropped")
+            if self.http.left_s() <= 0:
+                raise StillRunning(f"{size:,} bytes came in the time given and are kept; {LATER}")
+
+    def fetch(self, url: str, inspect: Callable[[Path], T | None]) -> T:
+        """One request for what is lacking; what `inspect` found in the whole. Raises ApiError."""
+        if not (etag := self.memo.text("etag")):  # nothing would tell that the rest fits
+            self.restart()
+        size = self.file.tell()
+        headers = {"Range": f"bytes={size}-", "If-Range": etag} if size else {}
+        response = self.http.fetch(url, headers)
+        try:
+            total = self.begin(response)
+            self.moved(self.file.tell(), total)
+            if response.status != 416:
+                self.receive(response, total)
+        finally:
+            end(response)
+        if (size := self.file.tell()) < total:
+            raise ApiError(f"the download was cut at {size:,} bytes; {LATER}", retryable=True)
+        self.file.flush()
+        if size == (total or size) and (found := inspect(Path(self.file.name))) is not None:
+            return found
+        self.restart()
+        text = f"what came are {size:,} bytes and not a whole file; it is paid for and not lost"
+        raise ApiError(f"{text}: {LATER}", retryable=True, code="ADDRESS")
+
+
+def download(
+    api: Api, generation_id: str, url: str, target: Path, memo: Record, *, kind: str = VIDEO,
+    moved: Callable[[int, int], object], interval_s: float, inspect: Callable[[Path], T | None],
+) -> T:
+    """Bring a finished result to `target`, whole and synced, or not at all: takes up what was cut,
+    asks for a fresh address where one has expired. Raises ApiError after TRIES in a row that got
+    no further, OSError on a full disk."""
+    http, path, failures = api.http, hidden(target, generation_id), 0
+    with path.open("ab") as file:
+        part, furthest = Part(http, file, memo, moved), file.tell()
+        while True:
+            try:
+                url = url or fresh_address(api, generation_id, kind, interval_s)
+                found = part.fetch(url, inspect)
+                os.fsync(file.fileno())
+                os.replace(path, target)
+                sync_folder(target.parent)
+                return found
+            except ApiError as error:
+                failures = 1 if file.tell() > furthest + PROGRESS_BYTES else failures + 1
+                furthest = max(furthest, file.tell())
+                if failures >= TRIES or not error.retryable:
+                    raise
+                wait_s = error.retry_after or backoff_s(failures - 1, 1.0, cap=8.0)
+                http.before_retry(error, wait_s)
+                http.sleep(wait_s)
+                url = "" if error.code == "ADDRESS" else url  # it was answered with something else
+
+
+# ---- library, step by step: connect, create_asset, upload_asset, upload, get_default_model_id ---
+
+Environ = Mapping[str, str] | None
+
+
+def find_model(
+    api: Api, asked: str = "", *, kind: str = VIDEO, max_age_s: float = math.inf,
+    known_only: bool = False,
+) -> Model:
+    """The model asked for, or Character 3 (or the one that speaks): as remembered in
+    `.cache/model_id`, else looked up (an empty one if `known_only`) and, if it can be right,
+    remembered. The jobs API needs no look."""
+    if api.replays:
+        return api.model(asked, kind)
+    memo = Record(api.http.account.cache / "model_id")
+    with contextlib.suppress(OSError, ValueError):
+        memo = Record(memo.path, read_json(memo.path.read_bytes()))
+    name = " ".join(filter(None, (api.http.account.id, kind.replace(VIDEO, ""), asked)))
+    row, at = memo.part(name).part("model"), memo.part(name).number("at") or -math.inf
+    if (known := row.text("id", "slug")) and time.time() - at < max_age_s:
+        return Model(
+            known, row.text("slug"), row.text("name"),
+            tuple(row.texts("resolutions")), tuple(row.texts("aspect_ratios")),
+            row.number("max_seconds"), row.part("price").values,
+        )
+    if known_only:
+        return Model("")
+    model = api.model(asked, kind)
+    if parse_price(Reply(model.price), 1.0, "540p") is not None:
+        memo.values[name] = {"at": int(time.time()), "model": model._asdict()}
+        memo.save()
     return model
-
-
-def named_model(api: Api, name: str) -> Model:
-    """A model by its id or slug, without asking; with both where the remembered choice has them."""
-    known = remembered_model(api, "")
-    if known and name in (known.id, known.slug):
-        return known
-    return Model(name, "" if UUID_SHAPE.fullmatch(name) else name)
-
-
-# -----------------------------------------------------------------------------
-# library: connect, create_asset, upload_asset, upload, get_default_model_id, start_generation,
-#          wait_and_download, get_balance, get_credit_balance
-# -----------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=8)
@@ -2159,261 +2074,206 @@ def connected(account: Account) -> Api:
     return api_for(Transport(account))
 
 
-def connect(api_key: str, environ: Mapping[str, str] | None = None) -> Api:
+def connect(api_key: str, environ: Environ = None) -> Api:
     """The API that a key belongs to. Raises InputError for a key or setting that cannot be right.
-
-    `environ` is where the HEDRA_ variables are read, os.environ unless given: so for every
-    function of this section.
-    """
+    `environ`, here and below: where HEDRA_ variables are read, os.environ unless given."""
     return connected(open_account(api_key, environ))
 
 
-def create_asset(
-    name: str, kind: Literal["image", "audio"], api_key: str, *,
-    environ: Mapping[str, str] | None = None,
-) -> str:
+def create_asset(name: str, kind: Kind, api_key: str, *, environ: Environ = None) -> str:
     """Make the record that a file is then uploaded to; its id. Web API (v2). Raises ApiError."""
     return connect(api_key, environ).create_asset(name, kind)
 
 
-def upload_asset(
-    asset_id: str, file: Path, api_key: str, *, environ: Mapping[str, str] | None = None
-) -> None:
+def upload_asset(asset_id: str, file: Path, api_key: str, *, environ: Environ = None) -> None:
     """Send a file's bytes to an asset, streamed. Web API (v2). Raises ApiError, InputError."""
     connect(api_key, environ).upload_asset(asset_id, Path(file), lambda count: None)
 
 
-def upload(
-    file: Path, kind: Literal["image", "audio"], api_key: str, *,
-    environ: Mapping[str, str] | None = None,
-) -> str:
+def upload(file: Path, kind: Kind, api_key: str, *, environ: Environ = None) -> str:
     """Hand a file to Hedra; the reference that start_generation takes, with either kind of key:
     an asset's id (v2), or a handle that lapses after an hour (v3). Raises ApiError, InputError."""
     inspect_file(Path(file), kind)
     return connect(api_key, environ).upload(Path(file), kind, lambda count: None).ref
 
 
-def get_default_model_id(api_key: str, *, environ: Mapping[str, str] | None = None) -> str:
-    """HEDRA_MODEL_ID if set, else Character 3: as remembered in `.cache/model_id` for this account,
-    else looked up. An id, or the slug where Hedra has no id for it. Raises HedraError with the
-    models that would do where there is no Character 3."""
-    environ = os.environ if environ is None else environ
-    return environ.get("HEDRA_MODEL_ID") or find_model(connect(api_key, environ)).id
+def get_default_model_id(api_key: str, *, environ: Environ = None) -> str:
+    """HEDRA_MODEL_ID if set, else Character 3's id (or slug) from `.cache/model_id` or, looked up,
+    from the catalogue. Raises HedraError with the models that would do where it has none."""
+    asked = setting(os.environ if environ is None else environ, "HEDRA_MODEL_ID")
+    return asked or find_model(connect(api_key, environ)).id
 
 
 def start_generation(
     image_id: str, audio_id: str, prompt: str, api_key: str, model_id: str | None = None, *,
     resolution: str = "540p", aspect_ratio: str = "9:16", generation_id: str = "",
-    environ: Mapping[str, str] | None = None,
+    settings: Mapping[str, Any] | None = None, environ: Environ = None,
 ) -> str:
     """Start a generation and pay for it; its id. The bare call: twice is two generations, unless
-    `generation_id` is given (v2: a UUID that becomes the id; v3: an idempotency key). Raises
-    ApiError (`ambiguous` where it may have been carried out all the same), OutOfCredits."""
+    `generation_id` is given (v2: a UUID that becomes the id; v3: an idempotency key). `settings`
+    go as they are beside the prompt. Raises ApiError (`ambiguous` where it may have been carried
+    out all the same), OutOfCredits."""
     api = connect(api_key, environ)
     if not prompt.strip():
         raise InputError("the prompt is blank: say in a few words what the person does")
-    model = named_model(api, model_id or get_default_model_id(api_key, environ=environ))
-    order = Order(image_id, audio_id, prompt, model, resolution, aspect_ratio, generation_id)
-    return api.submit(order).id
+    name = model_id or get_default_model_id(api_key, environ=environ)
+    known = find_model(api, name if api.replays else "", known_only=True)
+    model = known if api.replays or name in (known.id, known.slug) else Model(name)
+    return api.submit(Order(
+        VIDEO, prompt, model, generation_id, image_id, audio_id, resolution, aspect_ratio,
+        settings or {},
+    ))
 
 
 def wait_and_download(
     generation_id: str, out_dir: Path, api_key: str, timeout: int = 300, *,
-    poll_interval: float = 5.0, name: str = "", view: View | None = None,
-    environ: Mapping[str, str] | None = None,
+    poll_interval: float = 5.0, name: str = "", view: View | None = None, environ: Environ = None,
 ) -> Path:
-    """Wait for a generation, up to `timeout` seconds with a look every `poll_interval` seconds,
-    and download its video to `out_dir`/`name` (default: the id).mp4; the path. On a terminal tqdm
-    shows how far it is. Raises GenerationFailed, StillRunning (a TimeoutError: nothing is lost),
-    ApiError."""
+    """Wait for a generation, at most `timeout` seconds with a look every `poll_interval` seconds,
+    and download it to `out_dir`/`name`.mp4 (default: its id), the path; a terminal shows how far it
+    is. Raises GenerationFailed, StillRunning (a TimeoutError: nothing is lost), ApiError."""
     api = connect(api_key, environ)
     target = Path(out_dir) / ((name or re.sub(r"[^\w.-]", "_", generation_id)) + ".mp4")
     view = view or open_view(quiet=not (sys.stderr and sys.stderr.isatty()))
-    wait = Wait(poll_interval, time.monotonic() + timeout)
+    ledger, label = Ledger(api.http.account.cache, api.http.sleep, view.say), target.stem
+    memo = ledger.load("parts", digest_of(os.path.abspath(target), generation_id))
     try:
-        status = await_end(api, generation_id, wait, view, target.stem)
-        download(api, generation_id, status.url, target, wait, view)
+        with api.http.until(time.monotonic() + timeout):
+            status = await_end(api, generation_id, label, view, poll_interval, GRACE_S)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            view.state(label, "downloading", printable(target))
+            with ledger.own(f"target {os.path.abspath(target)}", lambda: None):
+                download(
+                    api, generation_id, status.url, target, memo, inspect=inspect_film,
+                    moved=functools.partial(view.move, label), interval_s=poll_interval,
+                )
+        memo.path.unlink(missing_ok=True)
     finally:
         view.close()
     return target
 
 
-def get_balance(api_key: str, *, environ: Mapping[str, str] | None = None) -> Balance:
+def get_balance(api_key: str, *, environ: Environ = None) -> Balance:
     """What the account can spend, in its unit: credits (v2), US dollars (v3). Raises ApiError."""
     return connect(api_key, environ).balance()
 
 
-def get_credit_balance(api_key: str, *, environ: Mapping[str, str] | None = None) -> int:
+def get_credit_balance(api_key: str, *, environ: Environ = None) -> int:
     """Credits left (v2); with a v3 key the whole dollars in the wallet: see get_balance."""
     return int(get_balance(api_key, environ=environ).remaining)
 
 
-# -----------------------------------------------------------------------------
-# pipeline: Clip, Studio, Work
-# -----------------------------------------------------------------------------
+def get_voices(api_key: str, *, speech_model: str = "", environ: Environ = None) -> list[Voice]:
+    """Who can speak (v3: with `speech_model`): id, name, labels, preview_url. Raises ApiError."""
+    return connect(api_key, environ).voices(speech_model)
 
 
-class Clip(NamedTuple):
-    """What is to be made, and where the video goes."""
+# ---- making a clip: Clip, Places, Studio, make_video, make_speech -------------------------------
 
-    name: str
-    audio: Path
-    image: Path
-    prompt: str
-    target: Path
-    resolution: str = "540p"
-    aspect_ratio: str = "9:16"
+# What a clip needs, as Studio.judge finds.
+NEW, DOUBT, FLIGHT, FETCH = "new", "in doubt", "in flight", "done, to be fetched"
+REFUSED, DONE, BAD = "refused", "done", "bad"
+OPEN = (NEW, DOUBT)  # may still have to be paid
+READY = 4  # clips that upload while others wait for a place among the generations in flight
 
 
-class Result(NamedTuple):
-    """What became of a clip. `price` is as quoted, in `unit`; seconds are of wall time."""
-
-    name: str
-    status: str
-    path: str = ""
-    generation_id: str = ""
-    price: float | None = None
-    unit: str = ""
-    seconds: float = 0.0
-    error: str = ""
-    effort: dict[str, float] = {}
-
-
-class Later:
-    """A call that runs in a thread of its own, which does not keep the program from ending."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self.call, self.value = call, None
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
-
-    def run(self) -> None:
-        """In the thread."""
-        try:
-            self.value = self.call()
-        except BaseException as error:  # handed to whoever asks for the value
-            self.error = error
-
-    def get(self) -> Any:
-        """Wait for the value, or raise what the call raised."""
-        self.thread.join()
-        if self.error:
-            raise self.error
-        return self.value
-
-
-class Quote(NamedTuple):
-    """A price, None where nobody can tell, and the balance it is to be held against, if any."""
-
-    price: Callable[[], float | None]
-    balance: Callable[[], Balance | None] = lambda: None
-
-
-class Studio:
-    """All that the clips of a command have in common: account, ledger, limits, view."""
+class Clip:
+    """A video, or the speech of one, that is to be made, and all that is known of it from the plan
+    to the report. A video has a recording in `audio`, or a `speech`, which is a clip of its own
+    whose prompt is the text."""
 
     def __init__(
-        self, account: Account, view: View, *, model: str = "", timeout_s: float = 1800.0,
-        interval_s: float = 5.0, connections: int = 3, sleep: Sleep | None = None,
+        self, name: str, target: Path, *, prompt: str = "", kind: str = VIDEO,
+        audio: Path | None = None, image: Path | None = None, speech: Clip | None = None,
+        resolution: str = "540p", aspect_ratio: str = "9:16",
+        settings: Mapping[str, Any] | None = None, voice: str = "", error: Exception | None = None,
     ) -> None:
-        self.view, self.asked, self.timeout_s, self.interval_s = view, model, timeout_s, interval_s
-        self.api = api_for(Transport(account, connections=connections, sleep=sleep))
-        self.http, self.account = self.api.http, account
-        self.http.governor.notice = view.say
-        self.ledger = Ledger(account.cache, self.http.sleep, view)
-        self.digests = Digests(account.cache / "digests")
-        self.warned: set[str] = set()
-        self.absent: set[str] = set()  # reserved ids that Hedra was asked for and does not have
+        self.name, self.target, self.kind, self.prompt = name, target, kind, prompt
+        self.audio, self.image, self.speech, self.voice = audio, image, speech, voice
+        self.resolution, self.aspect_ratio = resolution, aspect_ratio
+        self.settings: Mapping[str, Any] = settings or {}
+        self.portrait, self.recording, self.record = Media(), Media(), Record(Path())
+        self.key, self.other_key, self.found = "", "", ""
+        self.state, self.error = BAD if error else NEW, error
+        self.price: float | None = None
+        self.billed: float | None = None
+        self.paid, self.warning, self.spent_s = False, "", 0.0
+        self.effort: dict[str, float] = {}
 
-    def model(self) -> Model:
-        """The model of this command's clips."""
-        return find_model(self.api, self.asked)
+    @property
+    def generation_id(self) -> str:
+        """What Hedra calls it, "" before it does."""
+        return self.record.text("generation_id")
 
-    def key(self, clip: Clip, model: Model, image: str, audio: str) -> str:
-        """The name of a clip: a digest of all that it is made of."""
-        name = model.slug or model.id
-        wishes = (clip.prompt, clip.resolution, clip.aspect_ratio)
-        return digest_of(image, audio, *wishes, name, self.account.id)
+    @property
+    def seconds(self) -> float | None:
+        """How long it will be, None where nobody knows; see `is_estimate`."""
+        asked = Reply(self.settings).number("duration_ms")
+        if asked is None and self.is_estimate:
+            return len((self.speech or self).prompt) / CHARS_PER_S
+        return self.recording.seconds if asked is None else asked / 1000
 
-    def peek(self, clip: Clip) -> tuple[str, Record] | None:
-        """Key and record of a clip whose files are known, without a request or a read of them."""
-        model = remembered_model(self.api, self.asked)
-        image, audio = self.digests.get(clip.image), self.digests.get(clip.audio)
-        if not (model and image and audio):
-            return None
-        key = self.key(clip, model, image, audio)
-        return key, self.ledger.load("clips", key)
+    @property
+    def is_estimate(self) -> bool:
+        """Whether its length, and so its price, is known only when its speech is there."""
+        unheard = bool(self.speech) and not self.recording.size_bytes
+        return self.kind == SPEECH or (unheard and "duration_ms" not in self.settings)
 
-    def finished(self, record: Record, clip: Clip) -> bool:
-        """Whether the clip's video is there, whole and of this take; its time is then renewed, so
-        that make is satisfied."""
-        target = Path(os.path.abspath(clip.target))
-        digest = (record.get("videos") or {}).get(str(target))
-        if not digest or not target.is_file():
-            return False
-        if self.digests.of(target, video_digest) != digest:
-            return False
-        os.utime(target)
-        self.digests.keep(target, digest)
-        return True
+    @property
+    def parts(self) -> list[Clip]:
+        """Its speech, if it has one, and itself."""
+        return [self.speech, self] if self.speech else [self]
 
-    def price(self, clip: Clip, media: Media) -> float | None:
-        """What a clip will cost, in the API's unit; None where nobody can tell."""
-        model = find_model(self.api, self.asked, max_age_s=MODEL_AGE_S)
-        check_wishes(clip, media, model)
-        order = Order("", "", clip.prompt, model, clip.resolution, clip.aspect_ratio)
-        return self.api.price(order, media.seconds)
+    @property
+    def due(self) -> float | None:
+        """What is still to be paid by its quote: 0 where it is paid, None where nobody knows."""
+        open_parts = [part for part in self.parts if part.state in OPEN]
+        return total(part.price for part in open_parts) if self.state in OPEN else 0.0
 
-    def afford(self, price: float | None, balance: Balance | None) -> None:
-        """Raise OutOfCredits, with both figures, where the balance does not cover the price."""
-        if price is None or balance is None or price <= balance.remaining:
-            return
-        raise OutOfCredits(
-            f"this costs about {amount(price, balance.unit)} and the account has "
-            f"{amount(balance.remaining, balance.unit)}: add funds and run the same command again; "
-            "nothing was uploaded or paid"
-        )
+    def bill(self) -> tuple[bool, float | None, float | None]:
+        """Whether this very run paid for it, what was quoted, and what Hedra has billed."""
+        paid = [part for part in self.parts if part.paid]
+        if paid:
+            return True, total(part.price for part in paid), total(part.billed for part in paid)
+        if self.error:
+            return False, None, None
+        return False, self.record.number("price"), self.record.number("billed", "cost")
 
-    def tolerant(self, call: Callable[[], Any], what: str) -> Any:
-        """The value of a request that is good to have: a fault is a warning, as the server has
-        the last word. A key that is not accepted stops all the same."""
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add to the seconds spent on `what`."""
+        before, name = time.monotonic(), f"{what}_s"
         try:
-            return call()
-        except ApiError as error:
-            if error.status == 401:
-                raise
-            if what not in self.warned:
-                self.view.say(f"warning: {what} could not be read: {error}")
-            self.warned.add(what)
-            return None
+            yield
+        finally:
+            spent_s = self.effort.get(name, 0.0) + time.monotonic() - before
+            self.effort[name] = round(spent_s, 3)
 
-    def make(self, clip: Clip, *, force: bool = False, quote: Quote | None = None) -> Result:
-        """The product: one clip from its files to its video, free if it was paid for before.
 
-        With a `quote` the price has been held against the balance already. Raises HedraError;
-        whatever was paid for by then is in the ledger.
-        """
+class Places:
+    """Who may submit: one clip at a time, so that who is refused keeps its turn, and is the first
+    to know when a generation in flight has ended; a few more are `ready`."""
+
+    def __init__(self) -> None:
+        self.turn, self.ready = threading.Lock(), threading.Semaphore(READY)
+        self.changed, self.running, self.ended = threading.Condition(), 0, 0
+
+    @contextlib.contextmanager
+    def work(self) -> Iterator[None]:
+        """While a generation is running."""
+        with self.changed:
+            self.running += 1
         try:
-            return Work(self, clip).run(force, quote)
-        except ModelGone:  # another is remembered by now
-            return Work(self, clip).run(force, quote)
+            yield
+        finally:
+            with self.changed:
+                self.running, self.ended = self.running - 1, self.ended + 1
+                self.changed.notify_all()
 
-
-def check_wishes(clip: Clip, media: Media, model: Model) -> None:
-    """Raise InputError for what the catalogue says the model cannot do."""
-    for wish, offered, flag in (
-        (clip.resolution, model.resolutions, "--resolution"),
-        (clip.aspect_ratio, model.aspect_ratios, "--aspect-ratio"),
-    ):
-        if offered and wish not in offered:
-            name = model.name or model.id
-            raise InputError(f"{name} has no {flag} {wish}: choose one of {', '.join(offered)}")
-    if model.max_seconds and (media.seconds or 0) > model.max_seconds:
-        raise InputError(
-            f"{printable(clip.audio)} lasts {media.seconds:.1f} s; {model.name or model.id} takes "
-            f"at most {model.max_seconds:g} s"
-        )
+    def wait(self, ended: int, seconds: float) -> None:
+        """Until more generations than `ended` have ended, so many seconds at most."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.ended != ended, seconds)
 
 
 def reserved_id(key: str, take: str) -> str:
@@ -2424,872 +2284,1140 @@ def reserved_id(key: str, take: str) -> str:
     return str(uuid.UUID(hex=digest_of(key, take), version=5))
 
 
-class Work:
-    """One clip on its way. The steps are in the order in which `run` takes them."""
+def check_wishes(clip: Clip, model: Model) -> None:
+    """Raise InputError for what the catalogue says the model cannot do."""
+    name = model.name or model.id
+    for wish, offered, flag in (
+        (clip.resolution, model.resolutions, "--resolution"),
+        (clip.aspect_ratio, model.aspect_ratios, "--aspect-ratio"),
+    ):
+        if offered and wish not in offered:
+            raise InputError(f"{name} has no {flag} {wish}: choose one of {', '.join(offered)}")
+    if model.max_seconds and (clip.seconds or 0) > model.max_seconds:
+        lasts = f"{printable(clip.audio or clip.name)} lasts {clip.seconds:.1f} s"
+        raise InputError(f"{lasts}; {name} takes at most {model.max_seconds:g} s")
 
-    def __init__(self, studio: Studio, clip: Clip) -> None:
-        self.studio, self.clip, self.view = studio, clip, studio.view
-        self.api = studio.api.over(studio.http.for_clip())
-        self.governor, self.sleep = studio.http.governor, studio.http.sleep
-        self.started = time.monotonic()
-        self.spent = dict.fromkeys(("hashing", "uploading", "waiting", "downloading"), 0.0)
-        self.record, self.media, self.job = Record(Path()), Media("", 0), Job("")
-        self.price: float | None = None
-        self.new: set[str] = set()  # assets uploaded by this very work
-        self.stale: set[str] = set()  # assets that Hedra no longer knows
-        self.place = ""  # ready, then active, then running: see Governor
-        self.faults, self.refusals = 0, 0  # of the submit
+
+def doubts(film: Film, seconds: float | None) -> str:
+    """What is odd about a video that came, "" where nothing is. [Videos have come without a sound
+    track, or of another length than the recording.]"""
+    if not film.has_sound:
+        return "the video has no sound track; it is kept"
+    if seconds and film.seconds and abs(film.seconds - seconds) > 1 + 0.05 * seconds:
+        return f"the video lasts {film.seconds:.1f} s, its recording {seconds:.1f} s; it is kept"
+    return ""
+
+
+class Studio:
+    """All that the clips of a command have in common, and the verbs over them: plan, afford,
+    make, settle."""
+
+    def __init__(
+        self, account: Account, view: View, *, model: str = "", speech_model: str = "",
+        timeout_s: float = 1800.0, interval_s: float = 5.0, force: bool = False,
+        api: Api | None = None,
+    ) -> None:
+        self.view, self.account, self.force = view, account, force
+        self.timeout_s, self.interval_s = timeout_s, interval_s
+        self.api = api or api_for(Transport(account))
+        self.http, self.places = self.api.http, Places()
+        self.ledger = Ledger(account.cache, self.http.sleep, view.say)
+        self.asked = {VIDEO: model, SPEECH: speech_model}
+        self.model = functools.cache(functools.partial(find_model, self.api))
+        self.lock, self.warned, self.broken = threading.RLock(), set[str](), set[str]()
+        self.deadline = math.inf  # of a command that makes one clip
+        self.cap: float | None = None  # of --max-credits
+        self.balance: Balance | None = None
+        self.planned = self.spent = 0.0
+        self.broke: OutOfCredits | None = None
+
+    # -- plan: what each clip is, what it needs and what it costs
+
+    def plan(self, clips: Sequence[Clip]) -> None:
+        """Check the files of some clips, judge what each needs, and price what is new. A clip that
+        cannot work has an `error` afterwards. Raises HedraError where nothing can."""
+        targets: dict[str, Clip] = {}
+        self.broken = set()
+        for clip in [clip for clip in clips if not clip.error]:
+            with self.blamed(clip):
+                self.identify(clip)
+                clip.state = self.judge(clip)
+                other = targets.setdefault(os.path.abspath(clip.target), clip)
+                if other is not clip:
+                    name, rival = printable(clip.target), printable(other.name)
+                    raise InputError(f"{name} would be the video of {rival} as well: rename one")
+        fine = [clip for clip in clips if not clip.error]
+        if any(clip.state in OPEN for clip in fine):
+            ask = functools.partial(self.tolerant, self.api.balance, "the balance")
+            self.balance, _ = self.http.together(ask, lambda: self.plan_open(fine))
+        else:
+            self.plan_open(fine)
+
+    def plan_open(self, clips: Sequence[Clip]) -> None:
+        """Where some clips may still have to be paid: are they, and what do they cost?"""
+        wanted = [part for clip in clips if clip.state in OPEN for part in clip.parts]
+        self.look_for([part for part in wanted if part.state in OPEN])
+        ranked = sorted(clips, key=lambda clip: clip.seconds or 0.0)
+        for clip in ranked[-1:] + ranked[:-1]:  # see JobsApi.price
+            with self.blamed(clip):
+                self.check(clip)
+                self.quote(clip)
 
     @contextlib.contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Add to the seconds spent on `what`."""
-        before = time.monotonic()
+    def blamed(self, clip: Clip) -> Iterator[None]:
+        """What is wrong with one clip stops no other."""
+        try:
+            yield
+        except (HedraError, OSError) as error:
+            of_all = isinstance(error, HedraError) and (error.unreachable or error.status == 401)
+            if of_all or isinstance(error, Stopped):
+                raise
+            clip.error, clip.state = error, BAD
+
+    def identify(self, clip: Clip) -> None:
+        """Find out what a clip is made of, and so its key. The first version's key had the model
+        as the catalogue called it: it is taken where the ledger has it."""
+        if clip.kind == SPEECH:
+            clip.key = self.speech_key(clip)
+            if not clip.target.name:
+                clip.target = self.account.cache / "speeches" / f"{clip.key}.audio"
+            return
+        assert clip.image is not None
+        with clip.timed("hashing"):
+            clip.portrait = self.ledger.media(clip.image, "image")
+            if clip.speech:
+                self.identify(clip.speech)
+            elif clip.audio:
+                clip.recording = self.ledger.media(clip.audio, "audio")
+        sound = f"speech {clip.speech.key}" if clip.speech else clip.recording.digest
+        wishes = (clip.prompt, clip.resolution, clip.aspect_ratio)
+        more = [json.dumps(clip.settings, sort_keys=True)] if clip.settings else []
+        old = self.model(self.asked[VIDEO], known_only=True)
+        clip.key, clip.other_key = (
+            digest_of(clip.portrait.digest, sound, *wishes, name, self.account.id, *more)
+            for name in (self.api.canonical(self.asked[VIDEO]), old.slug or old.id)
+        )
+        if clip.other_key != clip.key and self.ledger.load("clips", clip.other_key).values:
+            clip.key = clip.other_key
+
+    def speech_key(self, clip: Clip) -> str:
+        """What a speech is: text, voice and model; raises InputError for what nobody can say."""
+        limits, model = self.api.speech_limits, self.asked[SPEECH] or self.api.default_speech_model
+        if not 0 < len(clip.prompt) <= (limit := limits.get(model, limits[""])):
+            size = f"{len(clip.prompt):,} characters, and {model or 'Hedra'} speaks 1 to {limit:,}"
+            raise InputError(f"the text of {clip.name} has {size}; nothing was sent")
+        clip.voice = self.voice(clip.voice)
+        return digest_of("speech", clip.prompt, clip.voice, model, self.account.id)
+
+    def voice(self, asked: str) -> str:
+        """The id of a voice that is asked for by name, whatever its case, or id. Names are
+        remembered; raises InputError with the nearest ones."""
+        if not asked:
+            raise InputError("no voice is given: --voice NAME or HEDRA_VOICE (`voices` lists them)")
+        if re.fullmatch(f"(voice_)?({UUID_SHAPE.pattern})", asked, re.IGNORECASE):
+            return asked
+        import difflib
+
+        wanted, called, names = asked.casefold(), dict[str, str](), dict[str, list[str]]()
+        with self.lock:
+            record = self.ledger.load("voices", digest_of(self.account.id, self.asked[SPEECH]))
+            if len(found := record.part("names").texts(wanted)) == 1:
+                return found[0]
+            for voice in self.api.voices(self.asked[SPEECH]):
+                called[voice.name.casefold()] = voice.name
+                for name in {voice.id, voice.name.casefold()}:
+                    names.setdefault(name, []).append(voice.id)
+            if all(UUID_SHAPE.search(name) for ids in names.values() for name in ids):
+                record.save(names=names)
+        if len(found := names.get(asked) or names.get(wanted, [])) == 1:
+            return found[0]
+        if found:
+            which = f"voices named {asked!r}: {', '.join(found)}"
+            raise InputError(f"{which}; give --voice the id of one")
+        near = difflib.get_close_matches(wanted, called, n=5, cutoff=0.3) or list(called)[:5]
+        listed = printable(", ".join(called[name] for name in near)) or "none"
+        raise InputError(f"there is no voice {asked!r}; nearest: {listed} (`voices` lists all)")
+
+    def takes(self, key: str) -> list[Record]:
+        """The records of all takes of a clip, oldest first: the first one names the others."""
+        takes = [self.ledger.load("clips", key)]
+        for name in takes[0].texts("takes"):
+            takes.append(self.ledger.load("clips", f"{key}.{name}"))
+            takes[-1].values.setdefault("take", name)
+        return takes
+
+    def judge(self, clip: Clip) -> str:
+        """What a clip needs, from its records and its files: the one place that says so. A take
+        that was never submitted leaves the one before in force."""
+        takes = self.takes(clip.key)
+        submitted = [take for take in takes if take.text("state") not in ("", NEW)]
+        record = clip.record = submitted[-1] if submitted else takes[0]
+        state, forced = record.text("state"), self.force and clip.kind == VIDEO
+        if state == "intent":
+            needs = DOUBT
+        elif state == "submitted":
+            age_s = time.time() - (record.number("submitted_at") or 0.0)
+            needs = NEW if forced and age_s > FORCE_AFTER_S else FLIGHT
+        elif forced or state in ("", NEW):
+            needs = NEW
+        elif state == "refused":
+            needs = NEW if record.flag("transient") else REFUSED
+        else:
+            needs = DONE if self.ledger.find(record, clip.target) == clip.target else FETCH
+        if clip.speech and needs in OPEN:
+            clip.speech.state = self.judge(clip.speech)
+            if clip.speech.state == DONE:
+                self.hear(clip, clip.speech)
+        return needs
+
+    def hear(self, clip: Clip, speech: Clip) -> None:
+        """The speech of a clip is there: from here on it is a recording like any other."""
+        clip.audio, clip.recording = speech.target, self.ledger.media(speech.target, "audio")
+
+    def check(self, clip: Clip) -> None:
+        """Raise InputError where a result could not, or must not, be written; makes its folder."""
+        target, name = clip.target, printable(clip.target)
+        try:
+            if target.is_dir():
+                raise InputError(f"{name} is a folder: --out takes the video's file name")
+            exists = os.path.lexists(target) and os.stat(target).st_size > 0
+            if exists and any(target.samefile(file) for file in (clip.audio, clip.image) if file):
+                raise InputError(f"{name} is an input: the video needs a name of its own")
+            if exists and clip.state != DONE and not self.may_replace(clip):
+                raise InputError(
+                    f"{name} exists and is no video that Hedra made for this folder (edited, or of "
+                    "another origin): it is left as it is, and nothing was paid; move it away or "
+                    "give another --out (--force makes, and pays, a new take in place of a video)"
+                )
+            if clip.state != DONE:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                probe = hidden(target, str(os.getpid()))
+                probe.touch()
+                probe.unlink(missing_ok=True)
+        except OSError as error:
+            text = f"{name} cannot be written: {error.strerror}; choose another place for it"
+            raise InputError(text) from error
+
+    def may_replace(self, clip: Clip, for_sure: bool = False) -> bool:
+        """Whether what is at the target may go: a result of ours, or what is left of one. Where the
+        ledger was lost it may be one, and the download will tell: see `compare`."""
+        known = clip.record.part("videos").values
+        if not for_sure and not known and (clip.found or clip.state != NEW):
+            return True
+        if (inspect_film if clip.kind == VIDEO else inspect_speech)(clip.target) is None:
+            return self.ledger.place(clip.target) in known
+        return self.force or self.ledger.is_ours(clip.target)
+
+    def look_for(self, clips: Sequence[Clip]) -> None:
+        """Ask in one go whether Hedra has generations that this ledger does not know of."""
+        asked = {
+            reserved_id(key, clip.record.text("take")): (clip, key) for clip in clips
+            for key in (clip.key, clip.other_key)
+            if key and (clip.state == DOUBT or not clip.record.values)
+        }
+        ask = functools.partial(self.api.find_all, list(asked))
+        found = self.tolerant(ask, "the list of generations") if asked else {}
+        for name in found or {}:
+            clip, key = asked[name]
+            clip.key, clip.found, clip.state = key, name, FLIGHT
+
+    # -- afford: prices against the balance and the cap
+
+    def order_of(self, clip: Clip, model: Model, take: Record) -> Order:
+        """What a submit of a clip says."""
+        return Order(
+            clip.kind, clip.prompt, model, reserved_id(clip.key, take.text("take")),
+            take.text("image"), take.text("audio"), clip.resolution, clip.aspect_ratio,
+            clip.settings, clip.voice,
+        )
+
+    def quote(self, clip: Clip) -> None:
+        """The price of what is not paid yet; it stays None where nobody can tell."""
+        for part in clip.parts if clip.state in OPEN else ():
+            if part.price is None and part.state in OPEN:
+                price = self.tolerant(functools.partial(self.price, part), "the price")
+                part.price = price if price is not None and price >= 0 else None
+
+    def price(self, part: Clip) -> float | None:
+        """The price of a video or a speech; raises InputError for what its model cannot do."""
+        model = self.model(self.asked[part.kind], kind=part.kind, max_age_s=MODEL_AGE_S)
+        if part.kind == VIDEO:
+            check_wishes(part, model)
+        return self.api.price(self.order_of(part, model, Record(Path())), part.seconds)
+
+    def tolerant(self, call: Callable[[], T], what: str) -> T | None:
+        """The value of a request that is good to have: a fault is a warning, as the server has
+        the last word, and it is not asked for again by this plan. A key that is not accepted
+        stops all the same."""
+        if what in self.broken:
+            return None
+        try:
+            return call()
+        except ApiError as error:
+            if error.status == 401 or error.unreachable:
+                raise
+            self.broken |= {what} if error.retryable else set()
+            if what not in self.warned:
+                self.view.say(f"warning: {what} could not be read: {error}")
+            self.warned.add(what)
+            return None
+
+    def afford(self, clips: Sequence[Clip], cap: float | None = None) -> None:
+        """Raise OutOfCredits where the clips cost more than the balance or the cap, InputError
+        where a cap is set and a price is not known. Nothing has been uploaded by then. The cap
+        counts an estimate with a fifth on top."""
+        wanted, unit = [clip for clip in clips if clip.state in OPEN], self.api.unit
+        unknown = [clip for clip in wanted if clip.due is None]
+        if unknown:
+            self.tell_unknown(unknown, cap)
+        high = round(sum((c.due or 0) * (1.2 if c.is_estimate else 1) for c in wanted), 6)
+        self.cap, self.planned = cap, high
+        if cap is not None and high > cap:
+            costs, limit = amount(high, unit), amount(cap, unit)
+            text = f"{len(wanted)} clips for about {costs}, and --max-credits is {limit}"
+            raise OutOfCredits(f"{text}; nothing was uploaded or paid")
+        # What is in doubt may be paid already: there the server has the last word.
+        price = round(sum(clip.due or 0 for clip in wanted if clip.state == NEW), 6)
+        balance = self.balance
+        if balance and price > balance.remaining:
+            left = amount(balance.remaining, balance.unit)
+            text = f"this costs about {amount(price, unit)} and the account has {left}"
+            how = "add funds and run the same command again; nothing was uploaded or paid"
+            raise OutOfCredits(f"{text}: {how}")
+
+    def tell_unknown(self, clips: Sequence[Clip], cap: float | None) -> None:
+        """Say of which clips no price is known, and why; raises InputError where there is a cap."""
+        text = f"no price is known of {', '.join(printable(clip.name) for clip in clips)}"
+        if any(clip.seconds is None for clip in clips):
+            text += ": how long the recording is cannot be told without ffprobe (a part of ffmpeg)"
+        if cap is not None:
+            how = "run it again later, move these away, or leave --max-credits out"
+            raise InputError(f"{text}; --max-credits is a limit, so nothing was paid: {how}")
+        self.view.say(f"warning: {text}; the server has the last word")
+
+    # -- make: one clip, under its lock
+
+    def make(self, clip: Clip) -> None:
+        """The product: one clip from its files to its video, free if it was paid for before.
+
+        Raises HedraError, OSError; whatever was paid for by then is in the ledger.
+        """
+        started = time.monotonic()
+        deadline = min(self.deadline, started + self.timeout_s)
+        with self.http.until(deadline, clip.effort), self.owned(clip):
+            self.register(clip)
+            clip.state = self.judge(clip)
+            if clip.state == REFUSED:
+                raise GenerationFailed(
+                    f"refused before, and not paid again: {clip.record.text('reason')} (change "
+                    "portrait, recording, text or prompt; --force pays for a new take)",
+                    generation_id=clip.generation_id,
+                )
+            self.check(clip)
+            if clip.state == DOUBT and (found := self.look(clip, clip.record)):
+                self.accept(clip, clip.record, found, paid=False)
+            elif clip.state in OPEN:
+                self.order(clip)
+            if clip.state == DONE:
+                self.renew(clip)
+            else:
+                self.collect(clip)
+            clip.spent_s = round(time.monotonic() - started, 3)
+
+    @contextlib.contextmanager
+    def owned(self, clip: Clip) -> Iterator[None]:
+        """Nobody else works on this clip, nor on a video of that name."""
+        name, target = printable(clip.target), os.path.abspath(clip.target)
+        busy = f"{name} is being written by another process, for another clip; nothing was paid"
+        waiting = functools.partial(
+            self.view.state, clip.name, "waiting", "another process works on this clip"
+        )
+        with (
+            self.ledger.own(f"clip {clip.key}", waiting),
+            self.ledger.own(f"target {target}", f"{busy}: give this one another --out"),
+        ):
+            yield
+
+    def register(self, clip: Clip) -> None:
+        """Write down a generation that Hedra was found to have."""
+        record = self.ledger.load("clips", clip.key, owned=True)
+        if clip.found and record.text("state") in ("", NEW, "intent"):
+            self.accept(clip, record, clip.found, paid=False)
+            if self.force:  # how old it is nobody knows: the new take that was asked for is made
+                record.save(state="done")
+
+    def renew(self, clip: Clip) -> None:
+        """Give a finished video a new time, so that make is satisfied."""
+        with contextlib.suppress(OSError):  # of another user of the group
+            os.utime(clip.target)
+            self.ledger.keep(clip.record, clip.target)
+
+    def begin_take(self, clip: Clip) -> Record:
+        """The record of the take that is about to be submitted: a new one, with a random name,
+        where the last one was delivered or refused; one that was never submitted is used again."""
+        if clip.record.text("state") in ("", NEW, "intent"):
+            return clip.record
+        first, last = (takes := self.takes(clip.key))[0], takes[-1]
+        if last is not first and last.text("state") in ("", NEW):
+            return last
+        name = os.urandom(8).hex()
+        first.save(takes=[*first.texts("takes"), name])
+        return Record(first.path.with_name(f"{clip.key}.{name}.json"), {"take": name})
+
+    def order(self, clip: Clip) -> None:
+        """Rules 2 to 4: price, uploads, intent, submit."""
+        if self.broke:
+            raise Stopped(f"not sent, as the funds are used up: {self.broke}")
+        if clip.speech and not clip.recording.size_bytes:
+            self.speak(clip, clip.speech)
+        self.quote(clip)
+        take, doubtful = self.begin_take(clip), clip.state == DOUBT
+        try:
+            with self.patiently(self.places.ready):
+                generation_id, fresh = self.submit(clip, take)
+        except OutOfCredits as error:
+            self.broke = error
+            raise
+        self.accept(clip, take, generation_id, paid=fresh and not doubtful)
+
+    def speak(self, clip: Clip, speech: Clip) -> None:
+        """Make the speech of a clip first, or take the one that there is; then its video has a
+        known length and price, which is held against the cap once more."""
+        try:
+            self.make(speech)
+        except HedraError as error:
+            error.args = (f"its speech: {error}",)
+            raise
+        finally:
+            self.view.leave(speech.name)
+            clip.effort |= speech.effort
+        speech.state = DONE
+        self.hear(clip, speech)
+        before, clip.price, unit = clip.price, None, self.api.unit
+        self.quote(clip)
+        with self.lock:
+            self.planned = round(self.planned - 1.2 * (before or 0) + (clip.price or 0), 6)
+            if self.cap is not None and (clip.price is None or self.planned > self.cap):
+                costs, left = amount(clip.price, unit), f"--max-credits {amount(self.cap, unit)}"
+                raise OutOfCredits(f"the speech is kept; the video costs {costs}, over {left}")
+
+    @contextlib.contextmanager
+    def patiently(self, turn: threading.Lock | threading.Semaphore) -> Iterator[None]:
+        """Wait for a turn. As long as a clip of ours is at work a place will be free, and that
+        time is not this clip's."""
+        while not turn.acquire(timeout=0.2):
+            self.be_patient()
         try:
             yield
         finally:
-            self.spent[what] += time.monotonic() - before
+            turn.release()
 
-    def run(self, force: bool, quote: Quote | None) -> Result:
-        """From files to video."""
-        known = self.studio.peek(self.clip)
-        if known and not force and self.studio.finished(known[1], self.clip):
-            return self.result("done", known[1])
-        self.check()
-        if not known and self.clip.audio.stat().st_size > LONG_HASH_BYTES:
-            quote = quote or self.ask()  # while the files are hashed, where that takes a while
-        key = self.identify()
-        with self.studio.ledger.own("clips", key, self.wait_for_owner) as self.record:
-            if self.studio.finished(self.record, self.clip) and not force:
-                return self.result("done", self.record)
-            self.choose_take(force)
-            try:
-                if not self.record.get("generation_id"):
-                    quote = quote or self.ask()
-                    self.accept(self.lookup() or self.submit(quote))
-                self.collect()
-            finally:
-                self.leave_place()
-            return self.result("done", self.record)
+    def be_patient(self) -> None:
+        """Called while waiting; raises StillRunning, or Stopped, when that has no point."""
+        if self.places.running:
+            self.http.here.deadline = time.monotonic() + self.timeout_s
+        self.http.sleep(0.0)
 
-    def check(self) -> None:
-        """Rule 1: nothing is sent for a clip that cannot work."""
-        inspect_file(self.clip.image, "image")
-        self.media = inspect_file(self.clip.audio, "audio")
-        check_target(self.clip.target, (self.clip.image, self.clip.audio))
-
-    def ask(self) -> Quote:
-        """Price and balance, asked for while the files are hashed."""
-        studio = self.studio
-        price = functools.partial(studio.price, self.clip, self.media)
-        asked = ((price, "the price"), (self.api.balance, "the balance"))
-        return Quote(*(Later(functools.partial(studio.tolerant, *ask)).get for ask in asked))
-
-    def identify(self) -> str:
-        """The clip's key, for which its files are read."""
-        with self.timed("hashing"):
-            digests = [self.studio.digests.of(file) for file in (self.clip.image, self.clip.audio)]
-        model = self.studio.model()
-        self.model, (self.image_digest, self.audio_digest) = model, digests
-        self.key = self.studio.key(self.clip, model, *digests)
-        return self.key
-
-    def wait_for_owner(self) -> None:
-        """Somebody else works on this clip; its result will be ours."""
-        self.view.state(self.clip.name, "waiting", "another process works on this clip")
-
-    def choose_take(self, force: bool) -> None:
-        """Which take this is: the one in the ledger, or a new one where that is asked for or was
-        refused for a reason that passes."""
-        refused = self.record.get("state") == "refused"
-        if force or (refused and self.record.get("transient")):
-            past = [*self.record.get("past", []), self.record.get("generation_id")]
-            kept = {"take": os.urandom(8).hex(), "past": [p for p in past if p]}
-            self.record = Record(self.record.path, kept)
-            self.record.save(**self.about())
-        elif refused:
-            raise GenerationFailed(
-                f"refused before, and not paid again: {self.record.get('reason')} (change "
-                "portrait, recording or prompt; --force pays for a new take)",
-                generation_id=str(self.record.get("generation_id")),
-            )
-
-    def about(self) -> dict[str, Any]:
+    def about(self, clip: Clip) -> dict[str, Any]:
         """For the person who reads the ledger."""
-        clip, model = self.clip, self.model.slug or self.model.id
-        files = {"clip": printable(clip.audio), "portrait": printable(clip.image)}
-        return {"state": "new", **files, "prompt": clip.prompt, "model": model}
+        video = clip.kind == VIDEO
+        return {
+            "clip": printable(clip.audio or clip.name), "kind": clip.kind, "prompt": clip.prompt,
+            **({"portrait": printable(clip.image)} if video else {"voice": clip.voice}),
+            "model": self.asked[clip.kind], "account": self.account.id, "unit": self.api.unit,
+        }
 
-    @property
-    def reserved(self) -> str:
-        """The id that this take is submitted under."""
-        return reserved_id(self.key, str(self.record.get("take") or ""))
+    def prepare(self, clip: Clip, take: Record, *, forget: Sequence[str] = ()) -> Order:
+        """Upload what Hedra has not got, or what it has forgotten, and write down what will be
+        asked of it. A portrait is shared by all clips and processes; a recording is of this clip
+        and take alone, so that it tells them apart."""
+        image = audio = ""
+        if clip.kind == VIDEO:
+            with clip.timed("uploading"):
+                image, audio = self.http.together(
+                    lambda: self.portrait(clip, forget),
+                    lambda: self.upload(clip, clip.audio, "audio", take, "audio", forget),
+                )
+        take.save(sync=True, **{
+            **self.about(clip), "state": "intent", "image": image, "audio": audio,
+            "reserved": reserved_id(clip.key, take.text("take")), "submitted_at": time.time(),
+        })
+        return self.order_of(clip, self.model(self.asked[clip.kind], kind=clip.kind), take)
 
-    def lookup(self) -> Job | None:
-        """Rule 4, before any submit: is there a generation that the ledger does not know of? Its
-        answer may have been lost with the process, or the ledger with its folder."""
-        if self.record.get("state") == "intent":
-            return self.look()
-        if self.record.get("state") or self.reserved in self.studio.absent:
-            return None
-        found = self.api.find(self.reserved)
-        return Job(found) if found else None
+    def portrait(self, clip: Clip, forget: Sequence[str]) -> str:
+        """The portrait's asset; the first clip that needs it uploads it."""
+        key = digest_of(clip.portrait.digest, self.account.id)
+        with self.ledger.own(f"asset {key}", lambda: None):
+            record = self.ledger.load("assets", key, owned=True)
+            return self.upload(clip, clip.image, "image", record, "ref", forget)
 
-    def look(self) -> Job | None:
-        """Whether a submit whose answer was lost was carried out. None once Hedra, GRACE_S after
-        it, still knows of nothing."""
-        first = time.monotonic()
-        submitted_at, pause = float(self.record.get("submitted_at") or 0), 0.25
-        while self.api.looks_up:
-            audio = str(self.record.get("audio") or "")
-            if found := self.api.find(self.reserved, audio, submitted_at):
-                return Job(found)
-            if max(time.monotonic() - first, time.time() - submitted_at) >= GRACE_S:
-                break
-            self.view.state(self.clip.name, "looking", "was the submit carried out?")
-            self.sleep(pause)
-            pause = min(3.0, 2 * pause)
-        return None
+    def upload(
+        self, clip: Clip, file: Path | None, kind: Kind, record: Record, name: str,
+        forget: Sequence[str],
+    ) -> str:
+        """What a submit names a file by: as `record` has it, else uploaded, and then made sure
+        that it was the one that was hashed."""
+        assert file is not None
+        asset = Asset(record.text(name), record.number(f"{name}_expires_at", "expires_at"))
+        if asset.is_usable() and asset.ref not in forget:
+            return asset.ref
+        media = clip.portrait if kind == "image" else clip.recording
+        what, size = "portrait" if kind == "image" else "recording", media.size_bytes
+        self.view.state(clip.name, f"uploading {what}", f"{size / 1e6:.1f} MB")
+        asset = self.api.upload(file, kind, lambda n: self.view.move(clip.name, n, size))
+        if self.ledger.media(file, kind).digest != media.digest:
+            raise InputError(f"{printable(file)} changed while it was sent; nothing was paid")
+        more = {"state": record.text("state") or NEW} if kind == "audio" else {}
+        record.save(**{
+            **self.about(clip), name: asset.ref, f"{name}_expires_at": asset.expires_at, **more
+        })
+        return asset.ref
 
-    def submit(self, quote: Quote) -> Job:
-        """Rules 3 and 4: the intent is on disk before the request; after an answer that leaves
-        open what happened, look before another."""
-        self.price, balance = quote.price(), quote.balance()  # rule 2, before any upload
-        self.studio.afford(self.price, balance)
-        if self.price is None:
-            self.view.say(f"warning: {self.clip.name}: no price is known of {self.model.id}")
-        self.governor.begin()
+    def submit(self, clip: Clip, take: Record) -> tuple[str, bool]:
+        """The id of the generation, and whether this very submit made it. After an answer that
+        leaves open what happened, look before another."""
+        faults, lost, forget = 0, False, list[str]()
         while True:
-            self.place = "ready"
-            order = self.prepare()
-            self.governor.take()
-            self.place = "active"
+            order = self.prepare(clip, take, forget=forget)
             try:
-                return self.api.submit(order)
+                return self.submit_in_turn(clip, order), True
             except ApiError as error:
-                if error.ambiguous and (job := self.look()):
-                    return job
-                self.governor.give(running=False)
-                self.place = "ready"
-                self.endure(error)
+                lost = lost or (error.ambiguous and error.status != 409)
+                if error.ambiguous and (found := self.look(clip, take)):
+                    return found, lost  # else it was there before this submit
+                if not error.ambiguous and not lost:
+                    take.save(state=NEW)
+                if not forget and self.renews(clip, error):
+                    forget = [order.image, order.audio]
+                    continue
+                faults += 1
+                again = (error.retryable or error.ambiguous) and faults < SUBMIT_TRIES
+                wait_s = error.retry_after or backoff_s(faults, 0.5, cap=8.0)
+                if not again or wait_s > self.http.longest_s():
+                    self.give_up(error)
+                self.view.state(clip.name, "submitting again", f"after: {error.words or error}")
+                self.http.count("retries")
+                self.http.sleep(wait_s)
 
-    def endure(self, error: ApiError) -> None:
-        """After a submit that Hedra has nothing of: wait and return if it may be sent again."""
-        if isinstance(error, RateLimited):
-            self.refusals += 1
-            if self.governor.running and not re.search(r"\brate\b", error.words.lower()):
-                self.governor.too_many()
-            else:  # alone, and refused: it is the rate
-                self.governor.too_fast(error)
-            again = time.monotonic() - self.started < self.studio.timeout_s
-        else:
-            self.faults += 1
-            again = (error.retryable or error.ambiguous) and self.faults < SUBMIT_TRIES
-        after = error.retry_after or 0.0
-        if not (self.renew(error) or again) or after > MAX_RETRY_AFTER_S:
-            self.give_up(error)
-        self.api.http.count_retry(error)
-        self.view.state(self.clip.name, "submitting again", f"after: {error.words or error}")
-        self.sleep(after or backoff_s(self.faults + self.refusals, 0.5, cap=8.0))
+    def submit_in_turn(self, clip: Clip, order: Order) -> str:
+        """One submit, and, while the account would not have one more generation, the next, when
+        there may be a place; raises ApiError for all other answers."""
+        refusals = 0
+        with self.patiently(self.places.turn):
+            while True:
+                ended = self.places.ended
+                try:
+                    return self.api.submit(order)
+                except RateLimited as error:
+                    if error.ambiguous:
+                        raise
+                    refusals += 1
+                    self.view.state(clip.name, "waiting for a place", error.words)
+                    self.http.before_retry(error, 0.0)
+                    of_rate = re.search(r"\brate\b|\brequests\b", error.words.lower())
+                    if of_rate or not self.places.running:  # alone, and refused: it is the rate
+                        self.http.give_way(error)
+                    else:
+                        pause_s = backoff_s(refusals, 1.0, cap=8.0)
+                        pause_s = pause_s if error.retry_after is None else error.retry_after
+                        self.places.wait(ended, min(pause_s, self.http.longest_s()))
+                    self.be_patient()
+
+    def renews(self, clip: Clip, error: ApiError) -> bool:
+        """Whether a refusal may be of assets, or of a model, that were there before and are worth
+        another try with new ones."""
+        unclear = error.retryable or error.ambiguous or clip.kind == SPEECH
+        if error.status not in (400, 404, 410, 422) or unclear:
+            return False
+        words = f"{error.code} {error.words}".lower()
+        if "model" in words and not self.asked[VIDEO] and not self.api.replays:
+            self.model.cache_clear()
+            (self.account.cache / "model_id").unlink(missing_ok=True)
+            return True
+        return bool(re.search("asset|image|audio|keyframe|file|expired|not.?found", words))
+
+    def look(self, clip: Clip, take: Record) -> str:
+        """Whether a submit whose answer was lost was carried out: the id of the generation, ""
+        once Hedra, GRACE_S after this look began, still knows of nothing. Other machines' clocks
+        do not count."""
+        first, pause_s, order = time.monotonic(), 0.25, self.order_of(clip, Model(""), take)
+        while not self.api.replays:
+            if found := self.api.find(order, take.number("submitted_at") or 0.0):
+                return found
+            if time.monotonic() - first >= GRACE_S or self.http.left_s() <= 0:
+                break
+            self.view.state(clip.name, "looking", "was the submit carried out?")
+            self.http.sleep(pause_s)
+            pause_s = min(3.0, 2 * pause_s)
+        return ""
 
     def give_up(self, error: ApiError) -> NoReturn:
         """Raise an error of the submit, saying where the money is."""
         if not error.ambiguous:
-            self.record.save(state="new")
             raise error
-        text = "whether it was carried out is not known; nothing is lost: run the same command"
-        error.args = (f"{error}; {text} again, and it looks before it pays",)
+        how = "run the same command again, and it looks before it pays"
+        error.add(f"whether it was carried out is not known, but nothing is lost: {how}")
         raise error
 
-    def renew(self, error: ApiError) -> bool:
-        """Whether the refusal is of assets that were there before and can be uploaded again, once.
-        Raises ModelGone where it is of a remembered model."""
-        if error.status not in (400, 404, 410, 422) or error.retryable:
-            return False
-        words = f"{error.code} {error.words}".lower()
-        if "model" in words and not self.studio.asked:
-            model = self.api.model("")
-            if model != self.model:
-                remember_model(self.api, "", model)
-                self.record.save(state="new")
-                raise ModelGone(str(error)) from error
-        old = {str(self.record.get("audio")), str(self.record.get("image"))} - self.new - self.stale
-        self.stale |= old
-        about = re.search("asset|image|audio|keyframe|file|expired|not.?found", words)
-        return bool(about and old)
-
-    def prepare(self) -> Order:
-        """Upload what Hedra has not got, side by side, and write down what will be asked of it."""
-        with self.timed("uploading"):
-            recording = Later(self.recording)
-            try:
-                image = self.portrait()
-            except Exception:  # Ctrl-C does not wait
-                recording.thread.join()
-                raise
-            audio = recording.get()
-        self.record.save(sync=True, **{
-            **self.about(), "state": "intent", "reserved": self.reserved, "image": image,
-            "audio": audio, "submitted_at": time.time(),
-        })
-        clip = self.clip
-        wishes = (clip.prompt, self.model, clip.resolution, clip.aspect_ratio)
-        return Order(image, audio, *wishes, self.reserved)
-
-    def portrait(self) -> str:
-        """The portrait's asset, shared by all clips and processes: the first one uploads it."""
-        key = digest_of(self.image_digest, self.studio.account.id)
-        with self.studio.ledger.own("assets", key) as record:
-            asset = Asset(str(record.get("ref") or ""), record.get("expires_at"))
-            if not asset.is_usable() or asset.ref in self.stale:
-                asset = self.send(self.clip.image, "image", self.image_digest)
-                record.save(**asset._asdict(), file=printable(self.clip.image))
-        return asset.ref
-
-    def recording(self) -> str:
-        """The recording's asset: of this clip and this take alone, so that it tells them apart."""
-        asset = Asset(str(self.record.get("audio") or ""), self.record.get("audio_expires_at"))
-        if not asset.is_usable() or asset.ref in self.stale:
-            asset = self.send(self.clip.audio, "audio", self.audio_digest)
-            known = {"audio": asset.ref, "audio_expires_at": asset.expires_at}
-            self.record.save(**{**self.about(), **known})
-        return asset.ref
-
-    def send(self, file: Path, kind: Kind, digest: str) -> Asset:
-        """Upload a file, and make sure that it was the one that was hashed."""
-        name, size = self.clip.name, file.stat().st_size
-        what = "portrait" if kind == "image" else "recording"
-        self.view.state(name, f"uploading {what}", f"{size / 1e6:.1f} MB")
-        self.view.start(name, what, size)
-        try:
-            asset = self.api.upload(file, kind, lambda count: self.view.advance(name, what, count))
-        finally:
-            self.view.finish(name, what)
-        if self.studio.digests.of(file) != digest:
-            raise InputError(f"{printable(file)} changed while it was sent; nothing was paid")
-        self.new.add(asset.ref)
-        return asset
-
-    def accept(self, job: Job) -> None:
+    def accept(self, clip: Clip, take: Record, generation_id: str, *, paid: bool) -> None:
         """Hedra has the generation: from here on it is paid for, and must not be forgotten."""
-        self.record.save(sync=True, state="submitted", generation_id=job.id, price=self.price)
-        self.job = job
-        if self.place == "active":  # else it was found, not submitted
-            self.place = "running"
-            self.governor.grow()
-        cost = f", about {amount(self.price, self.api.unit)}" if self.price is not None else ""
-        self.view.state(self.clip.name, "submitted", f"generation {job.id}{cost}")
+        clip.record, clip.paid = take, paid
+        at = take.number("submitted_at") or time.time()
+        take.save(sync=True, **{
+            **self.about(clip), "state": "submitted", "generation_id": generation_id,
+            "submitted_at": at, "price": clip.price if paid else take.number("price"),
+        })
+        if paid:
+            with self.lock:
+                self.spent = round(self.spent + (clip.price or 0.0), 6)
+                self.view.count(spent=amount(self.spent, self.api.unit))
+            cost = f"about {amount(clip.price, self.api.unit)}"
+            detail = f"generation {generation_id}, {cost}"
+            self.view.state(clip.name, "submitted", detail, note=cost)
 
-    def leave_place(self) -> None:
-        """No longer on the way to Hedra, or among the generations in flight."""
-        place, self.place = self.place, ""
-        if place in ("active", "running"):
-            self.governor.give(running=place == "running")
-        if place in ("active", "ready"):
-            self.governor.leave()
+    # -- collect: wait for a generation and fetch what it made
 
-    def collect(self) -> None:
-        """Wait for the generation and fetch its video. What goes wrong here loses nothing."""
-        generation_id, target = str(self.record["generation_id"]), self.clip.target
-        if not self.place:
-            self.governor.take(resumed=True)
-            self.place = "running"
-        studio = self.studio
-        wait = Wait(studio.interval_s, time.monotonic() + studio.timeout_s, self.job.eta_s)
+    def collect(self, clip: Clip) -> None:
+        """Wait for the generation and fetch its result. What goes wrong here loses nothing."""
+        url, note = "", "already paid"
+        if not clip.paid:
+            detail = f"generation {clip.generation_id}, {note}"
+            self.view.state(clip.name, "found", detail, note=note)
+        if clip.record.text("state") != "done":
+            with clip.timed("waiting"):
+                status = self.await_end(clip)
+            url, clip.billed = status.url, status.cost
+            if clip.billed is not None:
+                clip.record.save(billed=clip.billed)
+        with clip.timed("downloading"):
+            self.fetch(clip, url)
+
+    def await_end(self, clip: Clip) -> Status:
+        """Wait for the end; a generation that is not known leads back to what was reserved."""
+        for grace_s in (0.0, GRACE_S):
+            try:
+                with self.places.work():
+                    return await_end(
+                        self.api, clip.generation_id, clip.name, self.view, self.interval_s, grace_s
+                    )
+            except GenerationFailed as error:
+                transient = error.transient
+                clip.record.save(state="refused", reason=str(error), transient=transient)
+                raise
+            except ApiError as error:
+                # 400 and 422 are of an id that could be none of Hedra's.
+                if error.status not in (400, 404, 422) or error.ambiguous or grace_s:
+                    raise self.gone(clip, error) from error
+                self.trace(clip)
+        raise AssertionError("the loop returns or raises")
+
+    def trace(self, clip: Clip) -> None:
+        """Hedra does not know the id that it answered the submit with, or not yet: find the one
+        that the reserved id or key leads to."""
+        take, at, found = clip.record, clip.record.number("submitted_at") or 0.0, ""
+        if not self.api.replays:
+            found = self.api.find(self.order_of(clip, Model(""), take), at)
+        elif time.time() - at < KEPT_S:
+            found = self.api.submit(self.prepare(clip, take))
+            take.save(state="submitted", submitted_at=at)
+        if found and found != clip.generation_id:
+            take.save(sync=True, generation_id=found)
+
+    def gone(self, clip: Clip, error: HedraError) -> HedraError:
+        """An error about a generation, with what to do where Hedra no longer has it."""
+        delivered, reserved = clip.record.text("state") == "done", clip.record.text("reserved")
+        if error.code == "EXPIRED" or (delivered and error.status == 404):
+            error.add("it is neither at Hedra nor on this disk: --force pays for a new take")
+        elif error.status == 404 and not error.ambiguous:
+            if not self.api.replays and clip.generation_id != reserved:
+                clip.record.save(state="intent")  # of what was answered there is no trace
+            error.add(f"{LATER}; only if it stays so, --force pays for a new take")
+        return error
+
+    def fetch(self, clip: Clip, url: str) -> None:
+        """Bring the result to its place: from this disk if it is there, else from Hedra. A full or
+        read-only disk is told as what it is."""
+        target, record, generation_id = clip.target, clip.record, clip.generation_id
+        self.view.state(clip.name, "downloading", printable(target))
         try:
-            with self.timed("waiting"):
-                status = await_end(self.api, generation_id, wait, self.view, self.clip.name)
-        except GenerationFailed as error:
-            self.record.save(state="refused", reason=str(error), transient=error.transient)
-            raise
-        except ApiError as error:
-            if error.status == 404:
-                error.args = (f"{error}; Hedra no longer has it: --force pays for a new take",)
-            raise
-        finally:
-            self.leave_place()
-        self.view.state(self.clip.name, "downloading", printable(target))
-        with self.timed("downloading"):
-            self.fetch(generation_id, status.url, target, wait)
-        digest = studio.digests.of(target, video_digest)
-        videos = {**(self.record.get("videos") or {}), os.path.abspath(target): digest}
-        self.record.save(state="done", videos=videos, cost=status.cost)
-
-    def fetch(self, generation_id: str, url: str, target: Path, wait: Wait) -> None:
-        """Download; a full or read-only disk is told as what it is."""
-        try:
-            download(self.api, generation_id, url, target, wait, self.view)
+            if there := self.ledger.find(record, target):
+                copy_file(there, target)
+            elif target.exists() and target.stat().st_size and not self.may_replace(clip, True):
+                self.compare(clip, url)
+            else:
+                self.download(clip, url, target)
+            self.ledger.keep(record, target, state="done", etag="")
         except OSError as error:
-            raise HedraError(
-                f"{printable(target)} cannot be written: {error.strerror}; the clip is paid for "
-                f"and safe at Hedra [generation {generation_id}]: make room and run it again"
-            ) from error
+            text = f"{printable(error.filename or target)} cannot be written: {error.strerror}"
+            where = f"it is paid for and safe at Hedra [generation {generation_id}]"
+            how = "make room and run the same command again"
+            raise HedraError(f"{text}; {where}: {how}") from error
+        except HedraError as error:
+            if not (there := self.ledger.find(record, target, nearby=True)):
+                raise self.gone(clip, error) from error
+            copy_file(there, target)
+            self.ledger.keep(record, target)
+        if clip.warning:
+            self.view.say(f"warning: {clip.name}: {clip.warning}")
 
-    def result(self, status: str, record: Record) -> Result:
-        """What to report."""
-        effort = {f"{name}_s": round(value, 3) for name, value in self.spent.items() if value}
-        return Result(
-            self.clip.name, status, str(self.clip.target), str(record.get("generation_id") or ""),
-            record.get("cost") or record.get("price"), self.api.unit,
-            round(time.monotonic() - self.started, 3), effort={**effort, **self.api.http.tally},
+    def download(self, clip: Clip, url: str, target: Path) -> None:
+        """Download the result to `target`, and say what is odd about it."""
+        inspect: Callable[[Path], Film | Media | None]
+        inspect = inspect_film if clip.kind == VIDEO else inspect_speech
+        found = download(
+            self.api, clip.generation_id, url, target, clip.record, kind=clip.kind,
+            inspect=inspect, moved=lambda n, size: self.view.move(clip.name, n, size),
+            interval_s=self.interval_s,
         )
+        if isinstance(found, Film):
+            clip.warning = doubts(found, None if clip.is_estimate else clip.seconds)
+
+    def compare(self, clip: Clip, url: str) -> None:
+        """The ledger was lost, and something lies at the target: it is left as it is, and has to
+        be what Hedra has. Raises InputError."""
+        twin = hidden(clip.target, "twin")
+        try:
+            self.download(clip, url, twin)
+            same = video_digest(twin) == video_digest(clip.target)
+        finally:
+            twin.unlink(missing_ok=True)
+        if not same:
+            raise InputError(
+                f"{printable(clip.target)} is not the video that Hedra has of this clip (edited, or"
+                " of another origin): it is left as it is; move it away or give another --out"
+            )
+
+    # -- settle: what Hedra says that it cost
+
+    def settle(self, clips: Sequence[Clip]) -> None:
+        """Ask what Hedra has billed for what was made just now: one request for all of them."""
+        parts = [part for clip in clips for part in clip.parts if part.paid]
+        asked = {part.generation_id: part for part in parts if part.billed is None}
+        with self.http.until(time.monotonic() + min(30.0, self.timeout_s)):
+            ask = functools.partial(self.api.find_all, list(asked))
+            found = self.tolerant(ask, "the bill") if asked else {}
+        for name, cost in (found or {}).items():
+            if cost is not None and cost >= 0:
+                asked[name].billed = cost
+                asked[name].record.save(billed=cost)
 
 
-def check_target(target: Path, inputs: Sequence[Path]) -> None:
-    """Raise InputError where the video could not, or must not, be written; makes its folder."""
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a video that lies elsewhere on this disk: whole and synced, or not at all."""
+    if source == target:
+        return
+    part = hidden(target, str(os.getpid()))
     try:
-        if target.is_dir():
-            raise InputError(f"{printable(target)} is a folder: --out takes the video's file name")
-        if target.exists() and any(target.samefile(file) for file in inputs):
-            raise InputError(f"{printable(target)} is an input: the video needs a name of its own")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        probe = target.with_name(f".{target.name}.part.json.{os.getpid()}")
-        probe.touch()
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"{printable(target)} cannot be written: {error.strerror}; choose another place for it"
-        ) from error
+        shutil.copyfile(source, part)
+        with part.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+    sync_folder(target.parent)
 
 
-# -----------------------------------------------------------------------------
-# batch: find_clips, survey, Crew, run_batch
-# -----------------------------------------------------------------------------
+def make_one(studio: Studio, clip: Clip) -> Path:
+    """Plan, afford, make: one clip for a program that calls."""
+    studio.deadline = time.monotonic() + studio.timeout_s
+    with studio.http.until(studio.deadline):
+        studio.plan([clip])
+        if clip.error:
+            raise clip.error
+        studio.afford([clip])
+        try:
+            studio.make(clip)
+        finally:
+            studio.view.leave(clip.name)
+    studio.settle([clip])
+    return clip.target
 
+
+def make_video(
+    audio: Path, image: Path, out: Path, api_key: str, prompt: str = DEFAULT_PROMPT, *,
+    resolution: str = "540p", aspect_ratio: str = "9:16", model: str = "",
+    settings: Mapping[str, Any] | None = None, force: bool = False, timeout: float = 1800,
+    poll_interval: float = 5.0, view: View | None = None, environ: Environ = None,
+) -> Path:
+    """The whole product in one call: the path of the video of a recording and a portrait, at `out`.
+
+    Paid once, however often it is called, in whatever threads and processes; taken up where an
+    earlier call ended. `force` pays a new take; `timeout` and `poll_interval` are in seconds;
+    `settings` as of --set; silent unless given a `view`. Raises InputError before anything was
+    sent, OutOfCredits, GenerationFailed, StillRunning (call again), ApiError.
+    """
+    environ, out = os.environ if environ is None else environ, Path(out)
+    if not prompt.strip():
+        raise InputError("the prompt is blank: say in a few words what the person does")
+    studio = Studio(
+        open_account(api_key, environ), view or View(), force=force, timeout_s=timeout,
+        model=model or setting(environ, "HEDRA_MODEL_ID"), interval_s=poll_interval,
+        api=connect(api_key, environ),
+    )
+    return make_one(studio, Clip(
+        out.stem, out, prompt=prompt.strip(), audio=Path(audio), image=Path(image),
+        resolution=resolution, aspect_ratio=aspect_ratio, settings=settings,
+    ))
+
+
+def make_speech(
+    text: str, voice: str, out: Path, api_key: str, *, speech_model: str = "",
+    timeout: float = 1800, poll_interval: float = 5.0, view: View | None = None,
+    environ: Environ = None,
+) -> Path:
+    """A text spoken by a voice (its name or id), as a recording at `out`: a wav, mp3 or whatever
+    Hedra makes. Paid once, as a video is; raises the same errors as make_video."""
+    studio = Studio(
+        open_account(api_key, environ), view or View(), speech_model=speech_model,
+        timeout_s=timeout, interval_s=poll_interval, api=connect(api_key, environ),
+    )
+    speech = Clip(Path(out).stem, Path(out), prompt=text.strip(), kind=SPEECH, voice=voice.strip())
+    return make_one(studio, speech)
+
+
+# ---- folders: clip_of, folder_clip, table, Command ----------------------------------------------
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SOUND_SUFFIXES = (".wav", ".mp3", ".m4a", ".flac", ".ogg", ".aif", ".aiff")
+SAY_SUFFIX = ".say.txt"
+OTHER_SOUND = r"\.(aac|ac3|amr|ape|au|caf|m4b|mka|mp2|mpga|oga|opus|ra|spx|wma|wv|3gpp?)"
+Names = Mapping[str, str]  # of a folder, as `folder_names` gives them
 
 
-class Wishes(NamedTuple):
-    """What the flags say of every clip of a command."""
-
-    image: str = ""  # --img
-    fallback: str = ""  # FRIEND_IMG
-    prompt: str = ""
-    resolution: str = "540p"
-    aspect_ratio: str = "9:16"
-
-
-class Row(NamedTuple):
-    """A clip before any work: `state` is new, in flight, done, refused, or bad with an `error`;
-    `reserved` is set while Hedra may have it without our knowing."""
-
-    clip: Clip
-    state: str
-    media: Media = Media("", 0)
-    price: float | None = None
-    error: str = ""
-    reserved: str = ""
-    generation_id: str = ""
-
-
-def folder_names(folder: Path) -> dict[str, str]:
-    """The names in a folder, by themselves and in lower case, for cameras write X.JPG. Raises
-    InputError that names the folder."""
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        raise InputError(f"{printable(folder)} cannot be listed: {error.strerror}") from error
+def folder_names(folder: Path) -> Names:
+    """The names in a folder, by themselves and in lower case, for cameras write X.JPG."""
+    names = sorted(os.listdir(folder))
     return {name.lower(): name for name in names} | {name: name for name in names}
 
 
-def beside(audio: Path, suffixes: Sequence[str], names: Mapping[str, str]) -> list[Path]:
+def stem_of(name: str) -> str:
+    """The name of a clip, from that of its recording or text."""
+    said = name.lower().endswith(SAY_SUFFIX)
+    return name[: -len(SAY_SUFFIX)] if said else os.path.splitext(name)[0]
+
+
+def beside(source: Path, suffixes: Sequence[str], names: Names) -> list[Path]:
     """The files beside a recording that have its name and one of some suffixes."""
-    wanted = [audio.stem + suffix for suffix in suffixes]
+    wanted = [stem_of(source.name) + suffix for suffix in suffixes]
     found = [names.get(name) or names.get(name.lower()) for name in wanted]
-    return [audio.parent / name for name in found if name]
+    return [source.parent / name for name in found if name]
 
 
-def wav_names(names: Mapping[str, str]) -> list[str]:
-    """The recordings among a folder's names, without hidden and temporary ones."""
-    return sorted({n for n in names.values() if n.lower().endswith(".wav") and n[0] not in ".~#"})
+def source_names(names: Names) -> dict[str, list[str]]:
+    """By the name of a clip its recordings, or else the text to be spoken; no hidden files."""
+    plain = sorted({name for name in names.values() if name[0] not in ".~#"})
+    found: dict[str, list[str]] = {}
+    for name in plain:
+        if name.lower().endswith(SOUND_SUFFIXES):
+            found.setdefault(stem_of(name), []).append(name)
+    for name in plain:
+        if name.lower().endswith(SAY_SUFFIX) and stem_of(name):
+            found.setdefault(stem_of(name), [name])
+    return dict(sorted(found.items()))
 
 
-def read_prompt(file: Path) -> str:
-    """The prompt in a text file, "" if it is blank."""
+def ignored_text(names: Names) -> str:
+    """What to say of files that look like sound and are taken by nobody, "" for none."""
+    matches = [re.search(f"{OTHER_SOUND}$", name.lower()) for name in set(names.values())]
+    if not (found := [match[0] for match in matches if match]):
+        return ""
+    files = f"{len(found)} file{'s' * (len(found) > 1)} ignored: {', '.join(sorted(set(found)))}"
+    return f"{files} (taken are {' '.join(SOUND_SUFFIXES)} and x{SAY_SUFFIX})"
+
+
+def read_text(file: Path, limit: int = PROMPT_BYTES) -> str:
+    """What a text file says, without blanks around it."""
     try:
-        return file.read_text(encoding="utf-8-sig").strip()
+        with open_regular(file) as stream:
+            data = stream.read(limit + 1)
+        if len(data) > limit:
+            raise InputError(f"{printable(file)} has more than {limit:,} bytes: too long")
+        return data.decode("utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{printable(file)} is no readable UTF-8 text: {error}") from error
 
 
-def clip_of(
-    audio: Path, target: Path, wishes: Wishes, names: Mapping[str, str], *, flags_win: bool
-) -> Clip:
-    """A clip from its recording and what lies beside it; raises InputError without a portrait."""
-    own = beside(audio, IMAGE_SUFFIXES, names)
-    given = [Path(wishes.image)] if wishes.image else []
-    images = given + own if flags_win else own + given
-    images += [Path(wishes.fallback)] if wishes.fallback else []
-    if not images:
-        raise InputError(
-            f"{printable(audio)} has no portrait: put {printable(audio.stem)}.png beside it, give "
-            "--img FILE, or set FRIEND_IMG"
-        )
-    prompts = [read_prompt(file) for file in beside(audio, (".txt",), names)]
-    prompts = [wishes.prompt, *prompts] if flags_win else [*prompts, wishes.prompt]
-    prompt = next((text for text in prompts if text.strip()), DEFAULT_PROMPT)
-    if re.search("[\ud800-\udfff]", prompt):
-        raise InputError(f"the prompt of {printable(audio)} is not UTF-8 text")
-    return Clip(audio.stem, audio, images[0], prompt.strip(), target, *wishes[-2:])
+def clip_of(source: Path, args: argparse.Namespace, names: Names, text: str = "") -> Clip:
+    """A clip from its recording or text (or a `text` in place of a file) and what lies beside it;
+    in run a flag wins over that. Raises InputError without a portrait."""
 
+    def chosen(found: Sequence[str], flag: str, fallback: str = "") -> str:
+        ranked = [flag, *found] if args.command == "run" else [*found, flag]
+        return next((choice for choice in [*ranked, fallback] if choice.strip()), "")
 
-def find_clips(folder: Path, out_dir: Path, wishes: Wishes) -> tuple[list[Clip], list[Result]]:
-    """The clips of a folder, one a wav, and those that have no portrait or no readable prompt."""
-    clips, bad, names = [], [], folder_names(folder)
-    taken: dict[str, str] = {}
-    for name in wav_names(names):
-        audio = folder / name
-        try:
-            target = out_dir / f"{audio.stem}.mp4"
-            if (other := taken.setdefault(audio.stem, name)) != name:
-                raise InputError(f"{name} would be the same video as {other}: rename one of them")
-            clips.append(clip_of(audio, target, wishes, names, flags_win=False))
-        except InputError as error:
-            bad.append(Result(audio.stem, "failed", error=str(error)))
-    return clips, bad
+    def told(suffix: str, flag: str, fallback: str = "") -> str:
+        texts = [read_text(file) for file in beside(source, [suffix], names)]
+        return chosen(texts, flag, fallback).strip()
 
-
-def row_of(state: str, clip: Clip, record: Record, media: Media | None = None) -> Row:
-    """A clip that the ledger knows."""
-    row = Row(clip, state, media or Media("", 0), record.get("cost") or record.get("price"))
-    return row._replace(generation_id=str(record.get("generation_id") or ""))
-
-
-def look_up(studio: Studio, clip: Clip, *, force: bool = False) -> Row:
-    """What a clip needs, by the ledger; raises InputError for a bad one."""
-    known = studio.peek(clip)
-    if known and not force and studio.finished(known[1], clip):
-        return row_of("done", clip, known[1])
-    inspect_file(clip.image, "image")
-    media = inspect_file(clip.audio, "audio")
-    if not known:
-        digests = studio.digests.of(clip.image), studio.digests.of(clip.audio)
-        key = studio.key(clip, studio.model(), *digests)
-        known = key, studio.ledger.load("clips", key)
-    key, record = known
-    state = record.get("state")
-    if force or (state == "refused" and record.get("transient")):
-        return Row(clip, "new", media)
-    if studio.finished(record, clip):
-        return row_of("done", clip, record, media)
-    if state == "refused" or record.get("generation_id"):
-        states = {"refused": "refused", "done": "done, to be fetched"}
-        return row_of(states.get(str(state), "in flight"), clip, record, media)
-    reserved = "" if state else reserved_id(key, str(record.get("take") or ""))
-    return Row(clip, "new", media, reserved=reserved)
-
-
-def survey(studio: Studio, clips: Sequence[Clip], *, force: bool) -> list[Row]:
-    """What all clips need, and the price of those that are new."""
-    rows = []
-    for clip in clips:
-        try:
-            rows.append(look_up(studio, clip, force=force))
-        except InputError as error:
-            rows.append(Row(clip, "bad", error=str(error)))
-    fresh = [row.reserved for row in rows if row.reserved]
-    found = studio.api.find_all(fresh) if fresh else set()
-    studio.absent.update(set(fresh) - found)
-    rows = [row._replace(state="in flight") if row.reserved in found else row for row in rows]
-    new = sorted((row.media.seconds or 0, n) for n, row in enumerate(rows) if row.state == "new")
-    for _, n in new[-1:] + new[:-1]:  # the longest and the shortest first: see JobsApi.price
-        try:
-            price = functools.partial(studio.price, rows[n].clip, rows[n].media)
-            rows[n] = rows[n]._replace(price=studio.tolerant(price, "the price"))
-        except InputError as error:
-            rows[n] = rows[n]._replace(state="bad", error=str(error))
-    return rows
-
-
-def table(rows: Sequence[Row], balance: Balance | None, unit: str) -> str:
-    """The answer to --dry-run."""
-    width = max(len("total"), *(len(printable(row.clip.name)) for row in rows)) if rows else 5
-    lines = [f"{'clip':{width}}  {'seconds':>8}  {unit:>10}  state"]
-    for row in rows:
-        seconds = "" if row.media.seconds is None else f"{row.media.seconds:.1f}"
-        price = "" if row.price is None else f"{row.price:g}"
-        state = row.state + (f": {row.error}" if row.error else "")
-        lines.append(f"{printable(row.clip.name):{width}}  {seconds:>8}  {price:>10}  {state}")
-    new = [row for row in rows if row.state == "new"]
-    seconds = f"{sum(row.media.seconds or 0 for row in new):.1f}"
-    left = "unknown" if balance is None else amount(balance.remaining, balance.unit)
-    end = f"{len(new)} new; balance: {left}"
-    lines.append(f"{'total':{width}}  {seconds:>8}  {total_price(rows):>10g}  {end}")
-    return "\n".join(lines)
-
-
-def table_json(rows: Sequence[Row], balance: Balance | None, unit: str) -> str:
-    """The answer to --dry-run --json: an object a clip."""
-    return "\n".join(
-        json.dumps({
-            "name": row.clip.name, "state": row.state, "seconds": row.media.seconds,
-            "credits": row.price, "unit": unit, "error": row.error or None,
-            "balance": balance and balance.remaining,
-        }) for row in rows
+    name, voice, speech = stem_of(source.name), "", None
+    target = Path(args.out or Path(args.out_dir) / f"{name}.mp4")
+    images = [str(file) for file in beside(source, IMAGE_SUFFIXES, names)]
+    if not (image := chosen(images, args.img, args.fallback)):
+        ways = f"put {printable(name)}.png beside it, give --img FILE, or set FRIEND_IMG"
+        raise InputError(f"{printable(source)} has no portrait: {ways}")
+    prompt = told(".txt", args.prompt, DEFAULT_PROMPT)
+    is_text = bool(text) or source.name.lower().endswith(SAY_SUFFIX)
+    if is_text:
+        text = text.strip() or read_text(source, TEXT_BYTES)
+        voice = told(".voice.txt", args.voice)
+        speech = Clip(f"{name} (speech)", Path(), prompt=text, kind=SPEECH, voice=voice)
+    if is_text and not text:
+        raise InputError(f"{printable(source)} is blank: there is nothing to say")
+    if re.search("[\ud800-\udfff]", prompt + voice + text):
+        raise InputError("the prompt, text or voice is not UTF-8 text")
+    return Clip(
+        name, target, prompt=prompt, image=Path(image), speech=speech,
+        audio=None if speech else source, resolution=args.resolution,
+        aspect_ratio=args.aspect_ratio, settings=dict(args.set),
     )
 
 
-Show = Callable[[Sequence[Row], "Balance | None", str], str]
-
-
-def total_price(rows: Sequence[Row]) -> float:
-    """What the new ones among the rows cost, as far as prices are known."""
-    return round(sum(row.price or 0 for row in rows if row.state == "new"), 6)
-
-
-def attempt(
-    studio: Studio, clip: Clip, *, force: bool = False, quote: Quote | None = None
-) -> tuple[Result, Exception | None]:
-    """Make a clip; what goes wrong becomes the result, for the others to go on."""
-    started = time.monotonic()
+def folder_clip(sources: Sequence[Path], args: argparse.Namespace, names: Names) -> Clip:
+    """The clip of some recordings of one name; one that cannot be made has an `error`."""
     try:
-        return studio.make(clip, force=force, quote=quote), None
-    except Exception as error:  # a worker outlives whatever a clip does to it
-        which, seconds = str(getattr(error, "generation_id", "")), time.monotonic() - started
-        result = Result(clip.name, "failed", "", which, None, studio.api.unit, round(seconds, 3))
-        return result._replace(error=explain(error)), error
+        if len(sources) > 1:
+            rivals = ", ".join(source.name for source in sources)
+            raise InputError(f"two recordings of one name: {rivals}; keep one")
+        return clip_of(sources[0], args, names)
+    except InputError as error:
+        return Clip(stem_of(sources[0].name), Path(), error=error)
 
 
-def allow_files(count: int) -> None:
-    """Let this process open so many files, where the system does: each clip at work has a lock
-    and may have a connection."""
+def table(clips: Sequence[Clip], left: str, unit: str, columns: int) -> str:
+    """The answer to --dry-run; `~` marks lengths and prices of speeches that are not there yet."""
+    rows = [("clip", "seconds", unit, "state")]
+    for clip in clips:
+        mark = "~" if clip.is_estimate and clip.state in OPEN else ""
+        seconds = "" if clip.seconds is None else f"{mark}{clip.seconds:.1f}"
+        price = "" if clip.error else f"{mark}{amount(clip.due, '').strip()}"
+        state = clip.state + (f": {explain(clip.error)}" if clip.error else "")
+        rows.append((printable(clip.name), seconds, price, printable(state)))
+    new = [clip for clip in clips if clip.state == NEW]
+    seconds = f"{sum(clip.seconds or 0 for clip in new):.1f}"
+    due = amount(total(clip.due for clip in clips), "").strip()
+    rows.append(("total", seconds, due, f"{len(new)} new; balance: {left}"))
+    width = max(5, min(max(len(row[0]) for row in rows), columns - 36))
+    lines = []
+    for name, seconds, price, state in rows:
+        name = name if len(name) <= width else f"{name[: width - 1]}…"
+        lines.append(f"{name:{width}}  {seconds:>8}  {price:>10}  {state}")
+    return "\n".join(lines)
+
+
+def as_json(clip: Clip, unit: str | None) -> str:
+    """A result as --json prints it."""
+    paid, quoted, billed = clip.bill()
+    error = explain(clip.error) if clip.error else None
+    return json.dumps({
+        "name": clip.name, "status": "failed" if error else "done",
+        "path": None if error else str(clip.target), "generation_id": clip.generation_id or None,
+        "credits": quoted, "billed": billed, "paid": paid, "unit": unit, "seconds": clip.spent_s,
+        "warning": clip.warning or None, "error": error, **clip.effort,
+    })
+
+
+def is_stale(clip: Clip) -> bool:
+    """Whether a finished video is older than what it is made of."""
+    with contextlib.suppress(OSError):
+        made_at = os.stat(clip.target).st_mtime_ns
+        files = [file for file in (clip.audio, clip.image) if file]
+        return any(os.stat(file).st_mtime_ns >= made_at for file in files)
+    return True
+
+
+def open_pool(jobs: int) -> Any:
+    """A ThreadPoolExecutor for so many clips at once, each with its files and connections."""
     import resource
+    from concurrent.futures import ThreadPoolExecutor
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 3 * jobs + 100)), hard))
+    return ThreadPoolExecutor(jobs)
 
 
-def tell_traceback(view: View, error: Exception) -> None:
-    """Where an error came from, line by line."""
-    import traceback
+def tell_traceback(args: argparse.Namespace, view: View, error: BaseException) -> None:
+    """Where an error came from, if -v asks for it."""
+    if args.verbose:
+        import traceback
 
-    for line in "".join(traceback.format_exception(error)).splitlines():
-        view.say(line)
+        view.over(sys.stderr, "".join(traceback.format_exception(error)))
 
 
-class Crew:
-    """Up to `jobs` threads that make clips; `report` is called in them. Daemons: none of them
-    keeps a program from ending, as whatever they do is in the ledger."""
+class Command:
+    """A command as it was called: its flags, its environment with .env, where progress goes; the
+    making of its clips, and the telling."""
 
-    def __init__(
-        self, studio: Studio, jobs: int, report: Callable[[Clip, Result, Any], object]
-    ) -> None:
-        import queue
+    def __init__(self, args: argparse.Namespace, environ: Mapping[str, str], view: View) -> None:
+        self.args, self.environ, self.view, self.stop = args, environ, view, threading.Event()
+        self.key = setting(environ, "HEDRA_API_KEY")
 
-        self.studio, self.jobs, self.report = studio, jobs, report
-        self.queue: queue.SimpleQueue[tuple[Clip, bool, Quote | None] | None] = (
-            queue.SimpleQueue()
+    @functools.cached_property
+    def studio(self) -> Studio:
+        """What the flags ask for, on the account of the environment."""
+        args, account = self.args, open_account(self.key, self.environ)
+        http = Transport(account, connections=max(4, args.jobs), stop=self.stop)
+        return Studio(
+            account, self.view, model=setting(self.environ, "HEDRA_MODEL_ID"), api=api_for(http),
+            speech_model=args.speech_model, timeout_s=args.timeout, interval_s=args.poll_interval,
+            force=args.force,
         )
-        self.threads: list[threading.Thread] = []
-        self.waiting, self.idle = 0, threading.Condition()
-        allow_files(3 * jobs + 100)
 
-    def add(self, clip: Clip, *, force: bool = False, quote: Quote | None = None) -> None:
-        """One more clip to make."""
-        with self.idle:
-            self.waiting += 1
-            self.queue.put((clip, force, quote))
-            if len(self.threads) < min(self.jobs, self.waiting):
-                self.threads.append(threading.Thread(target=self.run, daemon=True))
-                self.threads[-1].start()
-
-    def run(self) -> None:
-        """In a thread."""
-        while item := self.queue.get():
-            clip, force, quote = item
-            try:
-                result, error = attempt(self.studio, clip, force=force, quote=quote)
-                if error and self.studio.view.verbose:
-                    tell_traceback(self.studio.view, error)
-                self.report(clip, result, error)
-            finally:  # whatever happens, `join` must not wait for this clip
-                with self.idle:
-                    self.waiting -= 1
-                    self.idle.notify_all()
-
-    def join(self) -> None:
-        """Wait until every clip is done."""
-        with self.idle:
-            while self.waiting:
-                self.idle.wait(0.5)  # Ctrl-C is not heard in a wait without end
-
-    def stop(self, timeout_s: float) -> None:
-        """End the threads that end in time."""
-        for _ in self.threads:
-            self.queue.put(None)
-        until = time.monotonic() + timeout_s
-        for thread in self.threads:
-            thread.join(max(0.0, until - time.monotonic()))
-
-
-class Totals:
-    """What a batch has come to; its `report` is called by the crew's threads."""
-
-    def __init__(self, studio: Studio, emit: Callable[[Result], object]) -> None:
-        self.studio, self.emit, self.lock = studio, emit, threading.Lock()
-        self.failed: list[Result] = []
-        self.unsent: set[str] = set()
-        self.spent = 0.0
-
-    def report(self, clip: Clip, result: Result, error: Exception | None = None) -> None:
-        """One clip is done or has failed. Without credits nothing more is sent; what runs, runs."""
-        with self.lock:
-            if isinstance(error, OutOfCredits):
-                self.studio.http.governor.stop()
-            if isinstance(error, OutOfCredits | Stopped):
-                self.unsent.add(clip.name)
-            if result.error:
-                self.failed.append(result)
-            elif result.effort:  # else it was there already
-                self.spent = round(self.spent + (result.price or 0), 6)
-            self.emit(result)
-            spent = f"{amount(self.spent, self.studio.api.unit)}, {len(self.failed)} failed"
-            self.studio.view.done(clip.name, bool(result.error), spent)
-
-
-def run_batch(
-    studio: Studio, clips: Sequence[Clip], bad: Sequence[Result], emit: Callable[[Result], object],
-    *, jobs: int, max_price: float | None, force: bool, show: Show | None = None,
-) -> int:
-    """Make all clips of a folder, or `show` what that would cost; the exit status. The whole is
-    priced before the first upload."""
-    ask = functools.partial(studio.tolerant, studio.api.balance, "the balance")
-    balance = Later(ask) if clips else None
-    rows = survey(studio, clips, force=force)
-    nothing = Clip("", Path(), Path(), "", Path())
-    rows += [Row(nothing._replace(name=r.name), "bad", error=r.error) for r in bad]
-    if show:
-        studio.view.result(show(rows, balance.get() if balance else None, studio.api.unit))
-        return int(any(row.state == "bad" for row in rows))
-    check_budget(studio, rows, balance, max_price)
-    studio.view.expect(len(rows))
-    totals = Totals(studio, emit)
-    crew = Crew(studio, jobs, totals.report)
-    for row in rows:
-        if row.state == "done":
-            result = Result(row.clip.name, "done", str(row.clip.target), row.generation_id)
-            totals.report(row.clip, result._replace(price=row.price, unit=studio.api.unit))
-        elif row.state == "bad":
-            totals.report(row.clip, Result(row.clip.name, "failed", error=row.error))
+    def batch(self, clips: Sequence[Clip]) -> int:
+        """Plan, afford, make, report; the exit status. With --dry-run only the plan is shown."""
+        studio, args, deadline = self.studio, self.args, time.monotonic() + self.args.timeout
+        alone = args.command == "run"  # as make runs it, which wants a new time whatever the reason
+        with studio.http.until(deadline):
+            studio.plan(clips)
+            if args.dry_run:
+                return self.show_plan(clips)
+            studio.afford(clips, args.max_credits)
+        if alone:
+            studio.deadline = deadline
         else:
-            crew.add(row.clip, force=force, quote=Quote(functools.partial(getattr, row, "price")))
-    crew.join()
-    crew.stop(5.0)
-    return summary(studio, rows, totals)
+            self.view.expect(len(clips))
+        todo = []
+        for clip in clips:
+            if clip.error or (clip.state == DONE and not (alone or is_stale(clip))):
+                self.report(clip)
+            else:
+                todo.append(clip)
+        with open_pool(args.jobs) as pool:
+            list(pool.map(self.make, todo))
+        self.settle(clips)
+        self.view.close()
+        return self.tell_end(clips)
+
+    def show_plan(self, clips: Sequence[Clip]) -> int:
+        """The answer to --dry-run; the exit status."""
+        unit = self.studio.api.unit
+        ask = self.studio.api.balance
+        balance = self.studio.balance or self.studio.tolerant(ask, "the balance")
+        if unknown := [clip for clip in clips if clip.due is None]:
+            self.studio.tell_unknown(unknown, None)
+        if not self.args.json:
+            columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
+            left = amount(balance.remaining, balance.unit) if balance else "?"
+            self.view.result(table(clips, left, unit, columns))
+        for clip in clips if self.args.json else ():
+            self.view.result(json.dumps({
+                "name": clip.name, "state": clip.state, "seconds": clip.seconds,
+                "estimate": clip.is_estimate, "credits": None if clip.error else clip.due,
+                "unit": unit, "error": explain(clip.error) if clip.error else None,
+                "balance": balance and balance.remaining,
+            }))
+        return int(any(clip.error for clip in clips))
+
+    def make(self, clip: Clip) -> None:
+        """Make a clip; what goes wrong becomes its error, for the others to go on."""
+        started = time.monotonic()
+        try:
+            self.studio.make(clip)
+        except Exception as error:  # a worker outlives whatever a clip does to it
+            clip.error, clip.spent_s = error, round(time.monotonic() - started, 3)
+            tell_traceback(self.args, self.view, error)
+        self.report(clip)
+
+    def report(self, clip: Clip) -> None:
+        """One clip is done, or has failed. What was there before is not worth a line."""
+        view = self.view
+        view.leave(clip.name)
+        view.count(bool(clip.error))
+        if clip.error and view.clips:
+            view.say(f"{clip.name}: failed")  # the reason comes at the end
+        elif not clip.error and clip.effort.get("requests"):
+            view.say(f"{clip.name}: done (in {clip.spent_s:.1f} s)")
+        if self.args.verbose > 1 and clip.effort:
+            effort = ", ".join(f"{name} {value:g}" for name, value in clip.effort.items())
+            view.say(f"{clip.name}: {effort}")
+        if not self.args.json and not clip.error:
+            view.result(str(clip.target))
+
+    def settle(self, clips: Sequence[Clip]) -> None:
+        """What Hedra has billed, and the results that waited for it."""
+        self.studio.settle(clips)
+        for clip in clips if self.args.json else ():
+            self.view.result(as_json(clip, self.studio.api.unit))
+
+    def tell_end(self, clips: Sequence[Clip]) -> int:
+        """Say what a batch has cost, and what failed, last; the exit status."""
+        unit, failed = self.studio.api.unit, [(clip, clip.error) for clip in clips if clip.error]
+        bills = [bill for clip in clips if (bill := clip.bill())[0]]
+        if bills and self.view.clips:
+            quoted, billed = (amount(total(bill[n] for bill in bills), unit) for n in (1, 2))
+            self.view.say(f"quoted {quoted.removesuffix(f' {unit}')}, billed {billed}")
+        unsent = [clip for clip, error in failed if isinstance(error, Stopped)]
+        if self.studio.broke and unsent:
+            missing = amount(total(clip.due for clip in unsent), unit)
+            complain(f"out of funds; clips not sent: {len(unsent)}, they need about {missing}")
+        for clip, error in failed:
+            complain(f"{clip.name}: {explain(error)}")
+        return int(bool(failed))
 
 
-def check_budget(
-    studio: Studio, rows: Sequence[Row], balance: Later | None, max_price: float | None
-) -> None:
-    """Raise OutOfCredits where the new clips cost more than the balance or --max-credits."""
-    new = [row for row in rows if row.state == "new"]
-    total, unit = total_price(new), studio.api.unit
-    if not new or balance is None:
-        return
-    if any(row.price is None for row in new):
-        studio.view.say("warning: not all prices are known; the server has the last word")
-    if max_price is not None and total > max_price:
-        raise OutOfCredits(
-            f"clips to make: {len(new)}, for about {amount(total, unit)}; --max-credits is "
-            f"{amount(max_price, unit)}; nothing was uploaded or paid"
-        )
-    studio.afford(total, balance.get())
+# ---- watch: Watcher, notify_systemd -------------------------------------------------------------
 
-
-def summary(studio: Studio, rows: Sequence[Row], totals: Totals) -> int:
-    """Say what failed, last; the exit status."""
-    studio.view.close()
-    if totals.unsent:
-        prices = [row.price or 0 for row in rows if row.clip.name in totals.unsent]
-        missing = amount(round(sum(prices), 6), studio.api.unit)
-        complain(f"out of funds; clips not sent: {len(prices)}, they need about {missing}")
-    for result in totals.failed:
-        complain(f"{result.name}: {result.error}")
-    return int(bool(totals.failed))
-
-
-def complain(text: str) -> None:
-    """What a person must read, on stderr, however quiet it is there."""
-    written(sys.stderr, f"hedra_avatar: {printable(text)}")
-
-
-# -----------------------------------------------------------------------------
-# watch: Watcher, notify_systemd
-# -----------------------------------------------------------------------------
-
-
-STILL_S = 1.0  # without a change: a file whose writer sent no close event is whole
+TURN_S = 0.2
+STILL_S = 1.0  # without a change: it may be whole
 STUCK_S = 10.0  # without a change: a file that is not whole is worth a line
 RESCAN_S = 60.0  # events can be lost
-OUTAGE_S = (15.0, 300.0)  # between two tries while Hedra, the disk or the funds are not there
+PAUSES_S = (15.0, 300.0)  # between two tries: the first and the longest
+
+
+class Wait:
+    """When something is tried (again), and what was said of it; `sign`: how its files look."""
+
+    def __init__(self, sign: str = "", due: float = 0.0, why: str = "") -> None:
+        self.sign, self.due, self.why = sign, due, why
+        self.since, self.tries, self.busy = time.monotonic(), 0, False
+
+    def later(self) -> None:
+        """The next pause: the same for a while, then twice as long each time."""
+        self.tries += 1
+        pause_s = PAUSES_S[0] * 2 ** min(9, max(0, self.tries - 3))
+        self.due = time.monotonic() + min(PAUSES_S[1], pause_s)
 
 
 class Watcher:
-    """Makes a clip of every whole recording that lies in a folder or comes into it.
+    """Makes a clip of every whole recording or text that lies in a folder or comes into it.
 
-    Events only wake the loop; what counts is what the folder holds. `seen` has the signature of
-    every recording that was taken or refused, so that it is looked at again when it changes.
+    Events only ring; what counts is what the folder holds: a clip is taken when its files have not
+    changed for STILL_S, and again when they change. Who fails for a reason that passes waits for
+    itself; only what no clip can be the reason of is an outage, which holds up the rest.
     """
 
-    def __init__(
-        self, studio: Studio, folder: Path, out_dir: Path, wishes: Wishes, jobs: int
-    ) -> None:
-        self.studio, self.folder, self.out_dir, self.wishes = studio, folder, out_dir, wishes
-        self.view, self.crew = studio.view, Crew(studio, jobs, self.report)
-        self.emit: Callable[[Result], object] = lambda result: None
-        self.lock, self.wake = threading.RLock(), threading.Event()
-        self.touched: set[str] = set()
-        self.closed: set[str] = set()
-        self.seen: dict[str, str] = {}
-        self.still: dict[str, tuple[str, float]] = {}
-        self.busy: dict[str, Clip] = {}
-        self.held: list[Clip] = []  # while there is an outage
-        self.outage, self.outage_s, self.probe_at = "", OUTAGE_S[0], 0.0
+    def __init__(self, command: Command) -> None:
+        self.command, self.args, self.view = command, command.args, command.view
+        self.studio, self.folder = command.studio, Path(self.args.folder)
+        self.pool, self.lock = open_pool(self.args.jobs), threading.Lock()
+        self.bell, self.told = threading.Event(), {""}
+        self.waits, self.outage = dict[str, Wait](), Wait()
 
     def dispatch(self, event: Any) -> None:
-        """An event of watchdog's, in its thread."""
-        if event.event_type not in ("created", "modified", "moved", "closed", "deleted"):
-            return
-        paths = [Path(os.fsdecode(p)) for p in (event.src_path, event.dest_path) if p]
-        names = {path.name for path in paths if path.parent == self.folder}
-        with self.lock:
-            self.touched |= names
-            if event.event_type in ("closed", "moved"):
-                self.closed |= names
-        self.wake.set()
+        """An event of watchdog's, in its thread. That we read a file is none."""
+        if event.event_type not in ("opened", "closed_no_write"):
+            self.bell.set()
 
-    def look_round(self, everything: bool) -> None:
-        """Consider what has been touched, what is being waited for, or the whole folder."""
-        with self.lock:  # before the folder is listed: what comes meanwhile is for the next turn
-            touched, self.touched = self.touched, set()
-            closed, self.closed = self.closed, set()
-        names = folder_names(self.folder)
-        stems = {Path(name).stem.lower() for name in (*touched, *self.still)}
-        for name in wav_names(names):
-            if everything or Path(name).stem.lower() in stems:
-                self.consider(name, names, name in closed)
-
-    def consider(self, name: str, names: Mapping[str, str], closed: bool) -> None:
-        """Take a recording if it is new and whole; say once what is wrong with it."""
-        audio = self.folder / name
-        try:
-            parts = [audio, *beside(audio, (*IMAGE_SUFFIXES, ".txt"), names)]
-            sign = " ".join(signature(part) for part in parts)
-            times = [part.stat().st_mtime for part in parts]
-        except OSError:  # gone, or being replaced: there will be another event
-            return
-        if self.seen.get(name) == sign or name in self.busy:
-            return
-        since = self.still.get(name, ("", 0.0))
-        if since[0] != sign:
-            since = self.still[name] = (sign, time.monotonic())
-        quiet_s = max(time.monotonic() - since[1], min(time.time() - max(times), STILL_S))
-        # The portrait beside it may have come a moment ago, and not yet in full.
-        closed = closed and all(time.time() - moment > STILL_S for moment in times[1:])
-        if not closed and quiet_s < STILL_S:
-            return
-        try:
-            inspect_file(audio, "audio")
-            target = self.out_dir / f"{audio.stem}.mp4"
-            self.take(clip_of(audio, target, self.wishes, names, flags_win=False), sign)
-        except Unfinished as error:
-            if quiet_s >= STUCK_S:
-                self.refuse(name, sign, error)
-        except InputError as error:
-            self.refuse(name, sign, error)
-
-    def refuse(self, name: str, sign: str, error: InputError) -> None:
-        """Leave a recording where it is until it changes."""
-        self.seen[name] = sign
-        self.still.pop(name, None)
-        self.view.say(f"{name}: not taken: {error}")
-
-    def take(self, clip: Clip, sign: str) -> None:
-        """Hand a clip to the crew, unless its video is there already."""
-        self.seen[clip.audio.name] = sign
-        self.still.pop(clip.audio.name, None)
-        known = self.studio.peek(clip)
-        if known and self.studio.finished(known[1], clip):
-            return
-        with self.lock:
-            self.busy[clip.audio.name] = clip
-            if self.outage:
-                self.held.append(clip)
-                return
-        self.crew.add(clip)
-
-    def report(self, clip: Clip, result: Result, error: Exception | None) -> None:
-        """A clip is done, in a thread of the crew: what passes by itself is tried again."""
-        if isinstance(error, Stopped):
-            return
-        if isinstance(error, StillRunning):
-            self.view.say(f"{clip.name}: {error}")
-            self.crew.add(clip)
-            return
-        with self.lock:
-            if error and passes(error):
-                self.hold(clip, result.error)
-                return
-            self.busy.pop(clip.audio.name, None)
-            self.touched.add(clip.audio.name)  # it may have changed meanwhile
-            if not error:
-                self.resume()
-        self.emit(result)
-        self.wake.set()
-
-    def hold(self, clip: Clip, why: str) -> None:
-        """An outage: one line, and one clip at a time to see whether it is over."""
-        if not self.outage:
-            self.view.say(f"{clip.audio.name}: {why}")
-            self.view.say("waiting until that is over; clips that come meanwhile are kept")
-            self.outage_s = OUTAGE_S[0]
-        else:
-            self.outage_s = min(OUTAGE_S[1], 2 * self.outage_s)
-        self.outage, self.view.mute = why, True
-        self.held.append(clip)
-        self.probe_at = time.monotonic() + self.outage_s
-
-    def resume(self) -> None:
-        """A clip went through: the outage, if there was one, is over."""
-        if self.outage:
-            self.outage, self.view.mute = "", False
-            self.view.say(f"going on, with {len(self.held)} more clips")
-            for clip in self.held:
-                self.crew.add(clip)
-            self.held.clear()
-
-    def probe(self) -> None:
-        """In an outage, try one clip now and then."""
-        with self.lock:
-            if self.outage and self.held and time.monotonic() >= self.probe_at:
-                self.probe_at = time.monotonic() + self.outage_s
-                self.crew.add(self.held.pop(0))
-
-    def run(self, observer: Any, stop: threading.Event) -> None:
-        """Until `stop` is set."""
-        inode, scanned = -1, -math.inf
+    def run(self, observer: Any) -> None:
+        """Until the program is stopped."""
+        stop, inode, rescan_at = self.command.stop, -1, 0.0
         notify_systemd("READY=1")
         while not stop.is_set():
-            self.wake.clear()
-            there = self.folder.stat().st_ino if self.folder.is_dir() else 0
+            there = 0
+            with contextlib.suppress(OSError):
+                there = os.stat(f"{self.folder}/").st_ino  # the slash: of a folder only
             if there != inode:
-                inode, scanned = self.attach(observer, there), -math.inf
-            due = time.monotonic() - scanned > RESCAN_S
-            if inode > 0:
-                with contextlib.suppress(InputError):  # the folder went away just now
-                    self.look_round(everything=due)
-                    scanned = time.monotonic() if due else scanned
-            self.probe()
+                inode, rescan_at = self.attach(observer, there), 0.0
+            now = time.monotonic()
+            due = min((wait.due for wait in self.waits.values()), default=math.inf)
+            rung = self.bell.is_set() or now >= min(due, rescan_at)
+            if inode and rung and now >= self.outage.due:
+                self.bell.clear()  # before the folder is listed: what comes meanwhile rings again
+                rescan_at = now + RESCAN_S
+                with contextlib.suppress(OSError):  # the folder went away just now
+                    self.look_round()
             notify_systemd("WATCHDOG=1")
-            self.wake.wait(0.2 if self.still else 1.0)
-
-    def end(self, stop: threading.Event) -> None:
-        """Let `run` return at once."""
-        stop.set()
-        self.wake.set()
+            stop.wait(max(TURN_S, 4 * (time.monotonic() - now)))  # of a full folder less often
 
     def attach(self, observer: Any, inode: int) -> int:
         """Watch the folder that is there now, or say that none is; its inode."""
@@ -3297,330 +3425,438 @@ class Watcher:
         if inode:
             with contextlib.suppress(OSError):  # gone again: the next turn sees it
                 observer.schedule(self, str(self.folder), recursive=False)
-                self.view.say(f"watching {self.folder} for .wav files")
+                self.view.say(f"watching {self.folder} for recordings and texts")
                 return inode
         self.view.say(f"{self.folder} is not there; waiting for it")
         return 0
 
+    def look_round(self) -> None:
+        """Take what has come to rest or is due again: of all else the files' times are read."""
+        names, now = folder_names(self.folder), time.monotonic()
+        if (text := ignored_text(names)) not in self.told:
+            self.told.add(text)
+            self.view.say(text)
+        found = source_names(names)
+        self.waits = {stem: w for stem, w in self.waits.items() if stem in found or w.busy}
+        for stem, sources in found.items():
+            files, wait = [self.folder / name for name in sources], self.waits.get(stem)
+            around = beside(files[0], (*IMAGE_SUFFIXES, ".txt", ".voice.txt"), names)
+            try:
+                sign = " ".join(signature(file) for file in files + around)
+            except OSError:  # gone, or being replaced: there will be another event
+                continue
+            if not wait or (wait.sign != sign and not wait.busy):
+                wait = self.waits[stem] = Wait(sign, now + STILL_S, wait.why if wait else "")
+            if now >= wait.due and not wait.busy:
+                wait.busy, wait.due = True, math.inf
+                self.pool.submit(self.work, folder_clip(files, self.args, names), wait)
 
-def passes(error: Exception) -> bool:
-    """Whether a clip may be made later as it is: Hedra, the funds or the disk were not there."""
-    disk = isinstance(error.__cause__, OSError) and not isinstance(error, InputError)
-    passing = isinstance(error, OutOfCredits | OSError) or getattr(error, "retryable", False)
-    return disk or bool(passing)
+    def work(self, clip: Clip, wait: Wait) -> None:
+        """One clip, in a thread of the pool."""
+        try:
+            with self.studio.http.until(time.monotonic() + self.studio.timeout_s):
+                self.studio.plan([clip])
+                self.studio.broke = None
+                if not clip.error and clip.state != DONE:
+                    self.studio.afford([clip])
+                    self.studio.make(clip)
+        except Exception as error:
+            clip.error = error
+        try:
+            self.after(clip, wait)
+        finally:
+            wait.busy = False
+            self.bell.set()  # its files may have changed meanwhile
+
+    def after(self, clip: Clip, wait: Wait) -> None:
+        """What became of a clip: what passes by itself is tried again."""
+        error, before, now = clip.error, wait.why, time.monotonic()
+        self.view.leave(clip.name)
+        young = isinstance(error, Unfinished) and now - wait.since < STUCK_S
+        if young or isinstance(error, Stopped):  # stopped: as the funds are used up just now
+            wait.due = now + STILL_S
+            return
+        if error:
+            tell_traceback(self.args, self.view, error)
+        if self.is_outage(clip, wait):
+            return
+        wait.why, again = "", False
+        if error:
+            wait.why, again = explain(error), not is_final(clip, error)
+        if again:
+            wait.later()
+        if isinstance(error, StillRunning):  # the time has been used already
+            wait.due = now
+        same = UUID_SHAPE.sub("", wait.why) == UUID_SHAPE.sub("", before)
+        news = not same if error else bool(clip.effort.get("requests"))
+        if error and news:
+            more = "; it is tried again" if again else ""
+            self.view.say(f"{clip.name}: failed: {wait.why}{more}")
+        if news and not again:
+            self.command.report(clip)
+            self.command.settle([clip])
+
+    def is_outage(self, clip: Clip, wait: Wait) -> bool:
+        """Whether no clip can be made now, whatever it is: no network, no access, no funds. Its
+        beginning and its end are a line each; in it one clip is tried now and then."""
+        error, outage = clip.error, self.outage
+        with self.lock:
+            if isinstance(error, HedraError) and (
+                isinstance(error, OutOfCredits) or error.unreachable or error.status == 401
+            ):
+                if not outage.why:
+                    self.view.say(f"{clip.name}: {explain(error)}")
+                    self.view.say("waiting until that is over; clips that come meanwhile are kept")
+                if time.monotonic() >= outage.due:  # else another clip has met it just now
+                    outage.later()
+                outage.why, wait.due = explain(error), outage.due
+                return True
+            if outage.why and not isinstance(error, InputError):  # Hedra has answered
+                self.outage = Wait()
+                self.view.say("going on")
+            return False
+
+
+def is_final(clip: Clip, error: Exception) -> bool:
+    """Whether a clip as it is will never be made: its files, or what Hedra says of them."""
+    refused = getattr(error, "status", 0) in (400, 413, 415, 422)
+    if refused and not getattr(error, "retryable", False) and not clip.generation_id:
+        return True
+    of_disk = isinstance(error.__cause__, OSError)
+    return isinstance(error, InputError | GenerationFailed) and not of_disk
 
 
 def notify_systemd(message: str) -> None:
     """Tell systemd, where it wants to know (sd_notify(3): a datagram to NOTIFY_SOCKET)."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
+    if not (address := os.environ.get("NOTIFY_SOCKET")):
         return
     import socket
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, contextlib.suppress(OSError):
+        sender.setblocking(False)  # a reader that stalls must not hold up the watcher
         sender.connect("\0" + address[1:] if address.startswith("@") else address)
         sender.send(message.encode())
 
 
-# -----------------------------------------------------------------------------
-# command line: build_parser, cmd_run, cmd_batch, cmd_watch, cmd_credits, main
-# -----------------------------------------------------------------------------
+# ---- command line: cmd_run, cmd_batch, cmd_watch, cmd_credits, cmd_voices, build_parser, main ---
+
+def cmd_run(command: Command) -> int:
+    """One clip: a batch of one."""
+    args, source, text = command.args, Path(command.args.wav), ""
+    of_file = bool(args.wav) or args.say.startswith("@")
+    if args.wav:
+        inspect_file(source, "audio")
+    elif of_file:
+        source = Path(args.say[1:])
+        text = read_text(source, TEXT_BYTES)
+    else:
+        name = "-".join(re.findall(r"\w+", args.say)[:6])[:40].strip("-").lower()
+        source, text = Path(f"{name or 'speech'}{SAY_SUFFIX}"), args.say
+    if not args.wav and not text.strip():
+        raise InputError("the text is blank: there is nothing to say, and nothing was sent")
+    names = folder_names(source.parent) if of_file else {}
+    return command.batch([clip_of(source, args, names, text)])
 
 
-def positive(text: str) -> float:
-    """An argparse type."""
-    with contextlib.suppress(ValueError):
-        if 0 < (value := float(text)) < math.inf:
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-
-
-def count(text: str) -> int:
-    """An argparse type."""
-    if text.isdecimal() and 1 <= int(text) <= 10_000:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 10,000")
-
-
-def money(text: str) -> float:
-    """An argparse type."""
-    with contextlib.suppress(ValueError):
-        if 0 <= (value := float(text)) < math.inf:
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not an amount of credits or dollars")
-
-
-def add_every_flag(parser: argparse.ArgumentParser) -> None:
-    """The flags of every command."""
-    add = parser.add_argument
-    add("--json", action="store_true", help="one JSON object a result")
-    add("-q", "--quiet", action="store_true", help="errors only on stderr")
-    add("-v", "--verbose", action="count", default=0, help="say more (-vv: effort)")
-
-
-def add_clip_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of every command that makes clips."""
-    add = parser.add_argument
-    add("--img", metavar="FILE", default="", help="the portrait (else beside the wav, FRIEND_IMG)")
-    add("--prompt", metavar="TEXT", default="", help="what the person does")
-    add("--resolution", choices=RESOLUTIONS, default="540p", help="default %(default)s")
-    add("--aspect-ratio", choices=ASPECT_RATIOS, default="9:16", help="default %(default)s")
-    add("--model", metavar="ID", default="", help="id or slug (default: Character 3)")
-    add("--workspace", metavar="ID", default="", help="the workspace that pays (v2)")
-    add("--timeout", metavar="SECONDS", type=positive, default=1800.0, help="%(default)g")
-    add("--poll-interval", metavar="SECONDS", type=positive, default=5.0, help="%(default)g")
-    add("--force", action="store_true", help="a new take, always paid for")
-    add("--out-dir", metavar="DIR", default="output", help="default %(default)s")
-
-
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of run alone."""
-    parser.add_argument("--wav", metavar="FILE", required=True, help="the recording")
-    parser.add_argument("--out", metavar="FILE", default="", help="default: output/x.mp4")
-    parser.add_argument("--dry-run", action="store_true", help="price against balance, and stop")
-
-
-def add_batch_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of batch alone."""
-    add = parser.add_argument
-    add("folder", metavar="DIR", nargs="?", default="batch", help="default %(default)s")
-    add("--jobs", metavar="N", type=count, default=4, help="clips at once (%(default)s)")
-    add("--max-credits", metavar="N", type=money, help="spend no more (v3: dollars)")
-    add("--dry-run", action="store_true", help="print the price list, and stop")
-
-
-def add_watch_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of watch alone."""
-    add = parser.add_argument
-    add("folder", metavar="DIR", nargs="?", default="incoming", help="default %(default)s")
-    add("--jobs", metavar="N", type=count, default=4, help="clips at once (%(default)s)")
-    add("--once", action="store_true", help="do what is there, and exit")
-    add("--polling", action="store_true", help="look instead of listening (network shares)")
-
-
-def add_credits_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of credits alone."""
-    parser.add_argument("--min", metavar="N", type=money, default=0.0, help="exit 1 if less")
-    parser.add_argument("--workspace", metavar="ID", default="", help="whose balance (v2)")
-
-
-FLAGS = {  # of each command: what it is for, and what adds its flags
-    "run": ("make one clip", (add_run_flags, add_clip_flags, add_every_flag)),
-    "batch": ("make a folder of clips", (add_batch_flags, add_clip_flags, add_every_flag)),
-    "watch": ("watch a drop folder", (add_watch_flags, add_clip_flags, add_every_flag)),
-    "credits": ("what the account can spend", (add_credits_flags, add_every_flag)),
-}
-
-
-def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
-    """Every command; given `argv`, with flags for the one named there, which saves time."""
-    parser = argparse.ArgumentParser(
-        prog="hedra_avatar",
-        description="Turn a portrait and a voice recording into a talking-avatar video with Hedra.",
-        epilog="Exit status: 0 done, 1 something failed, 2 wrong usage, 130 Ctrl-C. "
-        "A clip is paid for once: run a command again and it takes up where the last one stopped.",
-    )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (purpose, adders) in FLAGS.items():
-        command = commands.add_parser(name, help=purpose, description=purpose)
-        for add in adders if argv is None or name in argv else ():
-            add(command)
-    return parser
-
-
-def read_environment(environ: Mapping[str, str], args: argparse.Namespace) -> dict[str, str]:
-    """Flag over environment over .env in the working directory."""
-    values: dict[str, str] = {}
-    if Path(".env").is_file():
-        try:
-            found = need("dotenv").dotenv_values(".env", interpolate=False, encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f".env is no readable UTF-8 text: {error}") from error
-        values = {name: value for name, value in found.items() if value is not None}
-    values.update(environ)
-    flags = {"model": "HEDRA_MODEL_ID", "workspace": "HEDRA_WORKSPACE_ID"}
-    values.update({n: getattr(args, f) for f, n in flags.items() if getattr(args, f, "")})
-    return values
-
-
-def open_studio(
-    args: argparse.Namespace, environ: Mapping[str, str], view: View, sleep: Sleep | None = None
-) -> Studio:
-    """What the flags ask for, on the account of the environment."""
-    account = open_account(environ.get("HEDRA_API_KEY") or "", environ)
-    jobs = getattr(args, "jobs", 1)
-    return Studio(
-        account, view, model=environ.get("HEDRA_MODEL_ID") or "", timeout_s=args.timeout,
-        interval_s=args.poll_interval, connections=max(3, jobs), sleep=sleep,
-    )
-
-
-def wishes_of(args: argparse.Namespace, environ: Mapping[str, str]) -> Wishes:
-    """What the flags say of every clip."""
-    fallback = environ.get("FRIEND_IMG") or ""
-    return Wishes(args.img, fallback, args.prompt, args.resolution, args.aspect_ratio)
-
-
-def emitter(args: argparse.Namespace, view: View) -> Callable[[Result], object]:
-    """Results on standard output, as paths or as JSON."""
-
-    def emit(result: Result) -> None:
-        detail = f"in {result.seconds:.1f} s" if not result.error else result.error
-        view.state(result.name, result.status, detail if result.effort else result.error)
-        if args.verbose > 1 and result.effort:
-            effort = ", ".join(f"{name} {value:g}" for name, value in result.effort.items())
-            view.say(f"{result.name}: {effort}")
-        if args.json:
-            view.result(json.dumps(as_json(result)))
-        elif not result.error:
-            view.result(result.path)
-
-    return emit
-
-
-def as_json(result: Result) -> dict[str, Any]:
-    """A result as --json prints it."""
-    values = result._asdict()
-    effort = values.pop("effort")
-    price = values.pop("price")
-    return {**values, "credits": price, "error": result.error or None, **effort}
-
-
-def shown(args: argparse.Namespace) -> Show | None:
-    """How --dry-run shows its rows, if it was asked for."""
-    return (table_json if args.json else table) if args.dry_run else None
-
-
-def cmd_run(args: argparse.Namespace, environ: Mapping[str, str], view: View) -> int:
-    """One clip."""
-    audio = Path(args.wav)
-    target = Path(args.out) if args.out else Path(args.out_dir) / f"{audio.stem}.mp4"
-    names = folder_names(audio.parent) if audio.parent.is_dir() else {}
-    clip = clip_of(audio, target, wishes_of(args, environ), names, flags_win=True)
-    inspect_file(clip.image, "image")
-    inspect_file(clip.audio, "audio")
-    studio, emit = open_studio(args, environ, view), emitter(args, view)
-    if args.dry_run:
-        return run_batch(
-            studio, [clip], [], emit, jobs=1, max_price=None, force=args.force, show=shown(args)
-        )
-    result, error = attempt(studio, clip, force=args.force)
-    if error and not args.json:
-        raise error
-    emit(result)
-    if error:
-        raise error
-    return 0
-
-
-def cmd_batch(args: argparse.Namespace, environ: Mapping[str, str], view: View) -> int:
+def cmd_batch(command: Command) -> int:
     """A folder of clips."""
-    clips, bad = find_clips(Path(args.folder), Path(args.out_dir), wishes_of(args, environ))
-    if not clips and not bad:
-        view.say(f"{printable(args.folder)} holds no .wav files: nothing to do")
-    studio = open_studio(args, environ, view)
-    return run_batch(
-        studio, clips, bad, emitter(args, view), jobs=args.jobs, max_price=args.max_credits,
-        force=args.force, show=shown(args),
-    )
+    folder, view = Path(command.args.folder), command.view
+    names = folder_names(folder)
+    clips = [
+        folder_clip([folder / name for name in sources], command.args, names)
+        for sources in source_names(names).values()
+    ]
+    if text := ignored_text(names):
+        view.say(text)
+    if not clips:
+        kinds = ", ".join(SOUND_SUFFIXES)
+        view.say(f"{printable(folder)} holds no recording ({kinds}) and no x{SAY_SUFFIX}")
+    return command.batch(clips)
 
 
-def cmd_credits(args: argparse.Namespace, environ: Mapping[str, str], view: View) -> int:
-    """The balance."""
-    balance = get_balance(environ.get("HEDRA_API_KEY") or "", environ=environ)
-    shown = {"remaining": balance.remaining, "unit": balance.unit, **balance.more}
-    view.result(json.dumps(shown) if args.json else amount(balance.remaining, balance.unit))
-    if balance.remaining >= args.min:
-        return 0
-    asked, left = amount(args.min, balance.unit), amount(balance.remaining, balance.unit)
-    raise OutOfCredits(f"the account has {left}, less than the {asked} asked for: add funds")
-
-
-def cmd_watch(args: argparse.Namespace, environ: Mapping[str, str], view: View) -> int:
+def cmd_watch(command: Command) -> int:
     """A folder that is watched, until Ctrl-C or SIGTERM."""
-    folder, wishes = Path(args.folder), wishes_of(args, environ)
-    if not (wishes.image or wishes.fallback):
-        view.say("warning: no --img and no FRIEND_IMG: only recordings with a portrait beside them")
+    args, view = command.args, command.view
+    need("urllib3")  # else clip after clip would say that it is missing
+    if not (args.img or args.fallback):
+        view.say("warning: no --img and no FRIEND_IMG: only clips with a portrait beside them")
     if args.once:
-        args.max_credits, args.dry_run = None, False
-        return cmd_batch(args, environ, view)
-    from signal import SIGTERM, signal
-
-    stop = threading.Event()
-    studio = open_studio(args, environ, view, sleep=until(stop))
-    watcher = Watcher(studio, folder, Path(args.out_dir), wishes, args.jobs)
-    watcher.emit = emitter(args, view)
-    observer = need("watchdog.observers" + (".polling" if args.polling else ""))
-    observer = observer.PollingObserver() if args.polling else observer.Observer()
-    if threading.current_thread() is threading.main_thread():
-        signal(SIGTERM, lambda *_: watcher.end(stop))
+        return cmd_batch(command)
+    watcher = Watcher(command)
+    module = need("watchdog.observers" + (".polling" if args.polling else ""))
+    observer = module.PollingObserver() if args.polling else module.Observer()
     observer.start()
     try:
-        watcher.run(observer, stop)
+        watcher.run(observer)
     finally:
         notify_systemd("STOPPING=1")
-        stop.set()
-        studio.http.governor.stop()
+        command.stop.set()
         observer.stop()
-        watcher.crew.stop(0.5)
-        observer.join(1.0)
+        watcher.pool.shutdown(wait=False, cancel_futures=True)
+        observer.join(0.5)
     view.say("stopped; generations in flight are in the ledger and taken up by the next start")
     return 0
 
 
-def until(stop: threading.Event) -> Sleep:
-    """A sleep that ends, with Stopped, when the program does."""
+def show_spent(ledger: Ledger, view: View, *, as_json: bool) -> int:
+    """What this cache's ledger says was paid: a line for each month and unit."""
+    months: dict[tuple[str, str], dict[str, Any]] = {}
+    for take in (ledger.load("clips", path.stem) for path in ledger.paths("clips")):
+        at, name = take.number("submitted_at"), take.text("generation_id")
+        if not name or at is None:
+            continue
+        unit = take.text("unit") or ("USD" if name.startswith("job_") else "credits")
+        month = time.strftime("%Y-%m", time.localtime(min(max(0.0, at), 4e9)))
+        row = months.setdefault((month, unit), {
+            "month": month, "clips": 0, "speeches": 0, "quoted": 0.0, "billed": 0.0, "unit": unit,
+        })
+        if take.text("state") != "refused":
+            row["speeches" if take.text("kind") == SPEECH else "clips"] += 1
+            row["quoted"] = round(row["quoted"] + (take.number("price") or 0), 6)
+        row["billed"] = round(row["billed"] + (take.number("billed", "cost") or 0), 6)
+    line = "{:8} {:>6} {:>9} {:>14} {:>14}"
+    if not as_json:
+        view.result(line.format("month", "clips", "speeches", "quoted", "billed"))
+    for (month, unit), row in sorted(months.items()):
+        figures = (amount(row[name], unit) for name in ("quoted", "billed"))
+        text = line.format(month, row["clips"], row["speeches"], *figures)
+        view.result(json.dumps(row) if as_json else text)
+    return 0
 
-    def sleep(seconds: float) -> None:
-        if stop.wait(seconds):
-            raise Stopped("the watcher was stopped; the next start takes this clip up")
 
-    return sleep
+def cmd_credits(command: Command) -> int:
+    """The balance, or what was spent."""
+    args, view = command.args, command.view
+    if args.spent:
+        folder = Path(setting(command.environ, "HEDRA_CACHE_DIR", ".cache"))
+        return show_spent(Ledger(folder, time.sleep, view.say), view, as_json=args.json)
+    balance = get_balance(command.key, environ=command.environ)
+    shown = {"remaining": balance.remaining, "unit": balance.unit, **balance.more}
+    left, asked = amount(balance.remaining, balance.unit), amount(args.min, balance.unit)
+    view.result(json.dumps(shown) if args.json else left)
+    if balance.remaining < args.min:
+        complain(f"the account has {left}, less than the {asked} asked for: add funds")
+    return int(balance.remaining < args.min)
 
 
-COMMANDS = {"run": cmd_run, "batch": cmd_batch, "watch": cmd_watch, "credits": cmd_credits}
+def cmd_voices(command: Command) -> int:
+    """Who can speak."""
+    args = command.args
+    for voice in get_voices(command.key, speech_model=args.speech_model, environ=command.environ):
+        labels = ", ".join(voice.labels.values())
+        line = f"{printable(voice.name):24}  {printable(labels):40}  {printable(voice.id)}"
+        command.view.result(json.dumps(voice._asdict()) if args.json else line)
+    return 0
+
+
+COMMANDS = {  # what each does, and what it is for
+    "run": (cmd_run, "make one clip"),
+    "batch": (cmd_batch, "make a folder of clips"),
+    "watch": (cmd_watch, "watch a drop folder"),
+    "credits": (cmd_credits, "what the account can spend"),
+    "voices": (cmd_voices, "who can speak: name, labels, id"),
+}
+HELP = f"""
+examples:
+  hedra_avatar run --wav hello.wav --img friend.png          -> output/hello.mp4
+  hedra_avatar run --say 'Good morning!' --voice Anna --img friend.png --out morning.mp4
+  hedra_avatar run --say @news.txt --img friend.png --dry-run
+  hedra_avatar batch course --jobs 8 --max-credits 500       (--dry-run: the price list)
+  hedra_avatar watch --img friend.png                        until Ctrl-C
+  hedra_avatar watch /mnt/share/drop --polling
+  hedra_avatar credits --min 100                             exit status 1 if there is less
+  hedra_avatar credits --spent                               by this folder, by month
+  hedra_avatar voices --json
+
+A recording ({" ".join(suffix[1:] for suffix in SOUND_SUFFIXES)}) lasts 0.5 to 600 seconds.
+A clip of a folder is a recording, or a text to be spoken, x.say.txt. Beside x.wav may lie x.png
+(or jpg, jpeg, webp), its portrait, x.txt, its prompt, and x.voice.txt, who speaks. The video is
+output/x.mp4.
+
+environment, or a file named .env in the working directory (a flag wins over both):
+  HEDRA_API_KEY       the key, of either kind
+  FRIEND_IMG          portrait of clips that have none
+  HEDRA_VOICE         who speaks texts, by name or id
+  HEDRA_MODEL_ID, HEDRA_WORKSPACE_ID, HEDRA_BASE_URL, HEDRA_CACHE_DIR (.cache)
+  HEDRA_HTTP_TIMEOUT  seconds without an answer (60)
+  HTTPS_PROXY, ALL_PROXY, NO_PROXY, SSL_CERT_FILE as with curl
+
+exit status: 0 done, 1 something failed, 2 wrong usage, 130 Ctrl-C (129 SIGHUP, 143 SIGTERM).
+A clip is paid for once: run a command again and it takes up where the last one stopped."""
+OUR_FIELDS = (
+    "prompt", "text_prompt", "resolution", "aspect_ratio", "start_image", "audio", "audio_id",
+    "start_keyframe_id", "type", "generation_id", "idempotency_key", "model_slug", "ai_model_id",
+    "workspace_id", "batch_size", "num_outputs", "audio_generation",
+)
+
+
+def number(kind: Callable[[str], float], low: float, high: float, what: str) -> Any:
+    """An argparse type: a number within limits."""
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+
+    return parse
+
+
+SECONDS = number(float, sys.float_info.min, sys.float_info.max, "a positive number")
+FUNDS = number(float, 0.0, sys.float_info.max, "an amount of credits or dollars")
+COUNT = number(int, 1, 10_000, "a whole number from 1 to 10,000")
+
+
+def pair(text: str) -> tuple[str, Any]:
+    """An argparse type: NAME=VALUE, the value as JSON if it is that, else as a text."""
+    name, _, value = text.partition("=")
+    name = name.strip()
+    if not name or not value.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    if name in OUR_FIELDS:
+        raise argparse.ArgumentTypeError(f"{name!r} has a flag of its own, or is not free")
+    with contextlib.suppress(ValueError):
+        parsed = read_json(value)
+        json.dumps(parsed, allow_nan=False)
+        return name, parsed
+    return name, value
+
+
+def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
+    """The flags of a command; one that it cannot honour it has not."""
+    add = parser.add_argument
+    if command == "run":
+        source = parser.add_mutually_exclusive_group(required=True)
+        source.add_argument("--wav", metavar="FILE", default="", help="the recording, of any kind")
+        source.add_argument("--say", metavar="TEXT|@FILE", default="", help="a text to be spoken")
+        add("--out", metavar="FILE", help="default: output/x.mp4")
+    if command in ("batch", "watch"):
+        folder = {"batch": "batch", "watch": "incoming"}[command]
+        add("folder", metavar="DIR", nargs="?", default=folder, help="default %(default)s")
+        add("--jobs", metavar="N", type=COUNT, default=4, help="clips at once (%(default)s)")
+    if command == "batch":
+        add("--max-credits", metavar="N", type=FUNDS, help="spend no more (v3: US dollars)")
+    if command == "watch":
+        add("--once", action="store_true", help="do what is there, and exit")
+        add("--polling", action="store_true", help="look instead of listening (network shares)")
+    if command in ("run", "batch"):
+        add("--force", action="store_true", help="a new take, paid for (one in flight is kept)")
+        add("--dry-run", action="store_true", help="print the price list, and stop")
+    if command in ("run", "batch", "watch"):
+        add("--img", metavar="FILE", default="", help="the portrait, png, jpg or webp")
+        add("--prompt", metavar="TEXT", default="", help="what the person does")
+        add("--voice", dest="HEDRA_VOICE", metavar="NAME|ID", help="who speaks a text")
+        add("--resolution", choices=RESOLUTIONS, default="540p", help="default %(default)s")
+        add("--aspect-ratio", choices=ASPECT_RATIOS, default="9:16", help="default %(default)s")
+        add("--model", dest="HEDRA_MODEL_ID", metavar="ID", help="id or slug (Character 3)")
+        add("--set", metavar="NAME=VALUE", type=pair, action="append", default=[],
+            help="one more input of the model, as in seed=7 (again and again)")
+        add("--timeout", metavar="SECONDS", type=SECONDS, default=1800.0, help="%(default)g")
+        add("--poll-interval", metavar="SECONDS", type=SECONDS, default=5.0, help="%(default)g")
+        add("--out-dir", metavar="DIR", default="output", help="default %(default)s")
+    if command == "credits":
+        add("--min", metavar="N", type=FUNDS, default=0.0, help="exit 1 if less")
+        add("--spent", action="store_true", help="by month, from the ledger")
+    else:
+        add("--speech-model", metavar="ID", default="", help="that speaks (v3: elevenlabs-...)")
+    if command != "voices":
+        add("--workspace", dest="HEDRA_WORKSPACE_ID", metavar="ID", help="that pays (v2)")
+    add("--json", action="store_true", help="one JSON object a result, failures too")
+    add("-q", "--quiet", action="store_true", help="errors only on stderr")
+    add("-v", "--verbose", action="count", default=0, help="say more (-vv: effort)")
+
+
+def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """Every command; given `argv`, with flags for the one named there, which saves time."""
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="hedra_avatar", formatter_class=plain, epilog=HELP,
+        description="Turn a portrait and a voice into a talking-avatar video with Hedra.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, purpose) in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=purpose, description=purpose, epilog=HELP, formatter_class=plain
+        )
+        command.set_defaults(  # where a command has no such flag
+            wav="", out="", jobs=1, force=False, dry_run=False, max_credits=None
+        )
+        if argv is None or name in argv:
+            add_flags(command, name)
+    return parser
+
+
+def read_environment(environ: Mapping[str, str], args: argparse.Namespace) -> dict[str, str]:
+    """Flag (some are named like the variable) over environment over .env."""
+    found: dict[str, str | None] = {}
+    if Path(".env").is_file():
+        text = io.StringIO(read_text(Path(".env")))
+        found = need("dotenv").dotenv_values(stream=text, interpolate=False)
+    flags = {name: value for name, value in vars(args).items() if name.startswith("HEDRA_")}
+    values: dict[str, str] = {}
+    for source in (found, environ, flags):
+        values.update({name: value for name, value in source.items() if value and value.strip()})
+    args.voice, args.fallback = setting(values, "HEDRA_VOICE"), setting(values, "FRIEND_IMG")
+    return values
+
+
+def supervise(work: Callable[[Command], int], command: Command) -> int:
+    """Run a command in a thread of its own, so that neither a lock nor a name that is looked up
+    keeps a signal waiting; its exit status. Raises KeyboardInterrupt with a signal's number."""
+    import signal
+    from concurrent.futures import ThreadPoolExecutor, wait
+
+    caught: list[int] = []  # and not an exception, which a callback might swallow
+    is_main = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if is_main else ()
+    before = {n: signal.signal(n, lambda number, frame: caught.append(number)) for n in signals}
+    try:
+        future = ThreadPoolExecutor(1).submit(work, command)
+        while not caught and not wait([future], 0.1).done:
+            continue
+        if not caught:
+            return future.result()
+        command.stop.set()
+        wait([future], 1.2)
+        raise KeyboardInterrupt(caught[0])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
     """The command line; its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    args = build_parser(argv).parse_args(argv)
-    view = View()
+    args, view = build_parser(argv).parse_args(argv), View()
+    error: Exception
     with contextlib.suppress(AttributeError):  # file names need not be UTF-8
         sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     try:
-        need_packages(args.command)
         environ = read_environment(os.environ if environ is None else environ, args)
         view = open_view(args.quiet, args.verbose)
-        status = COMMANDS[args.command](args, environ, view)
+        command = Command(args, environ, view)
+        status = supervise(COMMANDS[args.command][0], command)
         if view.deaf:
             raise HedraError("standard output took no more; what was made is in its place")
         return status
-    except KeyboardInterrupt:
-        view.close()
-        complain("stopped; nothing that was paid for is lost: run the same command again to go on")
-        return 130
-    except Exception as error:  # the last line of defence: a person reads this
-        view.close()
-        if args.verbose:
-            import traceback
-
-            traceback.print_exc()
-        complain(explain(error))
-        return 1
+    except KeyboardInterrupt as interrupt:
+        signum = int(interrupt.args[0]) if interrupt.args else 2
+        if signum == 15 and args.command == "watch":
+            return 0
+        how = "without --force to go on and pay no other take" if args.force else "to go on"
+        why = f"stopped; nothing that was paid for is lost: run it again {how}"
+        status, error = 128 + signum, Stopped(why)
+    except Exception as failure:  # the last line of defence: a person reads this
+        tell_traceback(args, view, failure)
+        status, error = 1, failure
     finally:
         view.close()
-
-
-def need_packages(command: str) -> None:
-    """Say at once, in one line, if what a command may need is not installed."""
-    from importlib.util import find_spec
-
-    wanted = ["urllib3", "tqdm", "dotenv"] + ["watchdog"] * (command == "watch")
-    for package in wanted:
-        if find_spec(package) is None:
-            need(package)
+    if args.json and not view.results:  # else it has been told of the clip
+        name = stem_of(Path(args.wav or args.out or args.command).name)
+        written(sys.stdout, as_json(Clip(name, Path(), error=error), None) + "\n")
+    complain(explain(error))
+    return status
 
 
 if __name__ == "__main__":
