@@ -1,29 +1,31 @@
-# One talking-avatar video for every recording in batch/.   make help   says what else there is.
+# One talking-avatar video for every recording or text in batch/.   make help   says what else.
 # For GNU Make 3.81, as macOS has it, and newer. The key stays out of here: the program reads it
 # from the environment or from .env, where no recipe shows it and no `ps` either.
 
 MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
-.DELETE_ON_ERROR:
 .DEFAULT_GOAL := all
-.PHONY: all odd-names help run watch credits demo sandbox ffmpeg bench install lint test clean
+.PHONY: all told help run watch credits voices demo sandbox ffmpeg bench install lint test clean
 
-#: IN=batch       folder of the recordings
+#: IN=batch       folder of the recordings and texts
 #: OUT=output     folder of the videos
 #: IMG=face.png   portrait of the clips that have none of their own (run: of the clip)
-#: ARGS='...'     passed on to the program, as in  make ARGS='--resolution 720p'
+#: VOICE=Maya     who speaks the texts that have no x.voice.txt of their own
+#: ARGS='...'     more flags, as in  make ARGS='--resolution 720p'; they win over files beside x
 #: PYTHON=...     a Python to use as it is (else that of .venv, where there is one, or python3)
 #: RUNNER='...'   put before the command of each clip, as in  make -j64 RUNNER='srun -n1 -Q'
 IN ?= batch
 OUT ?= output
-ifneq ($(words $(IN) $(OUT)),2)
-$(error make cannot take a folder with a blank in its name: use `python hedra_avatar.py batch`)
-endif
-
-# To the program IMG is FRIEND_IMG, the fallback, so that a clip's own portrait wins.
+# To the program IMG and VOICE are the fallbacks, so that what a clip has of its own wins. A text
+# to be said is no make code (`It costs $5`) and may have lines: it goes through the environment.
 ifneq ($(IMG),)
 export FRIEND_IMG := $(IMG)
 endif
+ifneq ($(VOICE),)
+export HEDRA_VOICE := $(VOICE)
+endif
+override SAY := $(value SAY)
+export SAY
 
 # Without a PYTHON of yours, .venv is made by the targets that need packages for development.
 # The others never start pip, which is nothing for a cron job, but say what to install.
@@ -31,64 +33,111 @@ ifndef PYTHON
 PYTHON := $(or $(wildcard .venv/bin/python),python3)
 demo sandbox bench lint test ffmpeg: PYTHON := .venv/bin/python
 install demo sandbox bench lint test ffmpeg: .venv/.ready
-demo sandbox: ffmpeg
 else
-install: ; $(PYTHON) -m pip install -r requirements.txt
+install: ; $(PYTHON) -m pip install -q -r requirements.txt
 endif
-
-# File names are data: one that would break a rule (a blank splits it, a `;` starts a recipe) is
-# left to `batch`. `-m` runs the byte-compiled module; a script would be compiled at every start.
-hash := \#
-quote = '$(subst ','\'',$1)'
-special = $(strip $(foreach c,: ; | = % * ? [ \ $(hash),$(findstring $c,$1)))
-plain = $(wildcard $(foreach f,$1,$(if $(call special,$f),,$f)))
-beside = $(filter $(VIDEOS),$(patsubst $(IN)/%.$1,$(OUT)/%.mp4,$(wildcard $(IN)/*.$1)))
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# `-m` runs the byte-compiled module; a script would be compiled at every start.
 HEDRA = $(PYTHON) -m hedra_avatar
-FOUND := $(filter-out $(IN)/~%,$(wildcard $(IN)/*.[Ww][Aa][Vv]))
-WAVS := $(sort $(call plain,$(filter $(IN)/%.wav,$(FOUND))))
-VIDEOS := $(WAVS:$(IN)/%.wav=$(OUT)/%.mp4)
-ODD := $(filter-out $(WAVS),$(FOUND))
-OWN := $(foreach kind,png jpg jpeg webp,$(call beside,$(kind)))
 
-all: $(if $(ODD),odd-names) $(VIDEOS) ## a video in output/ for each recording in batch/ (make -j4)
-	$(if $(FOUND),,@echo '$(IN)/ is empty: put x.wav and its portrait x.png there, or give one portrait as IMG=face.png')
-odd-names: ; $(warning make cannot take these names, `$(HEDRA) batch` can: $(ODD))
+# File names are data: one that would break a rule (a blank splits it, a `;` starts a recipe, what
+# follows a line break is a command for 3.81) is left to `batch`, and so is such a folder.
+define newline
 
+
+endef
+blank := $(subst ,, )
+hash := \#
+line = $(subst $(newline),$(blank),$1)
+quote = '$(subst ','\'',$(call line,$1))'
+special = $(strip $(foreach c,: ; | = % * ? [ \ $(hash),$(findstring $c,$(subst $(newline),|,$1))))
+plain = $(sort $(wildcard $(foreach f,$1,$(if $(call special,$f),,$f))))
+refuse = $(error $1="$(call line,$($1))": make takes no folder without a name, or with a blank or \
+  one of : ; | = % * ? [ \ $(hash) in it; `$(HEDRA) batch` does)
+$(foreach v,IN OUT,$(if $(call special,$(subst $(blank),|,$(or $($v),|))),$(call refuse,$v)))
+
+# A recording wins over a text of its name; of two recordings of one name neither is guessed at.
+# Endings in upper case are looked for only to be told: `batch` takes them.
+KINDS := wav mp3 m4a flac ogg aif aiff
+found = $(filter-out $(IN)/~% $(IN)/$(hash)%,$(foreach e,$1,$(wildcard $(IN)/*.$e)))
+video = $(patsubst $(IN)/%$1,$(OUT)/%.mp4,$2)
+FOUND := $(call found,[Ww][Aa][Vv] [Mm][Pp]3 [Mm]4[Aa] [Ff][Ll][Aa][Cc] [Oo][Gg][Gg] \
+  [Aa][Ii][Ff] [Aa][Ii][Ff][Ff])
+TEXTS := $(call found,[Ss][Aa][Yy].[Tt][Xx][Tt])
+WAVS := $(call plain,$(filter $(addprefix %.,$(KINDS)),$(FOUND)))
+SAYS := $(call plain,$(filter %.say.txt,$(TEXTS)))
+NAMES := $(call video,,$(basename $(call plain,$(FOUND))))
+TWINS := $(strip $(foreach n,$(sort $(NAMES)),$(if $(word 2,$(filter $n,$(NAMES))),$n)))
+VIDEOS := $(filter-out $(TWINS),$(call video,,$(basename $(WAVS)))) \
+  $(filter-out $(NAMES),$(call video,.say.txt,$(SAYS)))
+ODD := $(filter-out $(WAVS) $(SAYS),$(FOUND) $(TEXTS))
+IGNORED := $(call found,aac amr m4b oga opus wma)
+twice = two recordings of one name in $(IN)/, keep one: $(notdir $(TWINS:.mp4=))
+
+all: told $(VIDEOS) ## a video in output/ for each clip in batch/ (make -j4)
+	$(if $(wildcard $(IN)/.),,$(error there is no folder $(IN)))$(if $(TWINS),$(error $(twice)))
+	$(if $(FOUND)$(TEXTS),,@echo $(call quote,$(IN)/ $(if $(wildcard $(IN)/*),has no recordings \
+	  and no x.say.txt,is empty): put x.wav and its portrait x.png there, or give IMG=face.png))
+told:
+	$(if $(ODD),$(warning make cannot take these names, `$(HEDRA) batch` can: $(ODD)))
+	$(if $(IGNORED),$(warning ignored, for Hedra takes no such recordings: $(IGNORED)))
+	$(if $(TWINS),$(warning $(twice)))
+$(TWINS): ; $(error $(twice))
+
+# The program writes whole videos or none, and has paid for them: make must never delete one.
+.PRECIOUS: $(OUT)/%.mp4 $(VIDEOS)
 # The script is no prerequisite: correcting a typo in it must not bill a folder again.
-$(OUT)/%.mp4: $(IN)/%.wav
-	$(RUNNER) $(HEDRA) run --wav $(call quote,$<) --out $(call quote,$@) $(ARGS)
-# Besides, a video depends on the portrait and the prompt of its clip, where they exist.
-$(call beside,png): $(OUT)/%.mp4: $(IN)/%.png
-$(call beside,jpg): $(OUT)/%.mp4: $(IN)/%.jpg
-$(call beside,jpeg): $(OUT)/%.mp4: $(IN)/%.jpeg
-$(call beside,webp): $(OUT)/%.mp4: $(IN)/%.webp
-$(call beside,txt): $(OUT)/%.mp4: $(IN)/%.txt
-$(filter-out $(OWN),$(VIDEOS)): $(call plain,$(or $(IMG),$(FRIEND_IMG)))
+clip = $(RUNNER) $(HEDRA) run $1 --out $(call quote,$@) $(call line,$(ARGS))
+define recorded
+$$(OUT)/%.mp4: $$(IN)/%.$1
+	$$(call clip,--wav $$(call quote,$$<))
+endef
+$(foreach kind,$(KINDS),$(eval $(call recorded,$(kind))))
+$(OUT)/%.mp4: $(IN)/%.say.txt
+	$(call clip,--say $(call quote,@$<))
+# Besides, a video depends on the portrait, prompt and voice of its clip, where they exist,
+beside = $(filter $(VIDEOS),$(foreach e,$1,$(call video,.$e,$(wildcard $(IN)/*.$e))))
+depends = $$(call beside,$1): $$(OUT)/%.mp4: $$(IN)/%.$1
+$(foreach kind,png jpg jpeg webp txt voice.txt,$(eval $(call depends,$(kind))))
+$(filter-out $(call beside,png jpg jpeg webp),$(VIDEOS)): $(call plain,$(FRIEND_IMG))
+# and on a stamp that holds the settings and is written when they change: then every clip is asked
+# for again, which is free where it is the same. Decided here, so that `make -n` writes nothing.
+STAMP := .cache/make/$(subst ..,+,$(OUT))/settings
+SETTINGS := $(call line,FRIEND_IMG=$(value FRIEND_IMG) HEDRA_VOICE=$(value HEDRA_VOICE) \
+  HEDRA_MODEL_ID=$(value HEDRA_MODEL_ID) $(ARGS))
+$(VIDEOS): $(STAMP)
+ifneq ($(shell cat $(call quote,$(STAMP)) 2>/dev/null),$(SETTINGS))
+.PHONY: $(STAMP)
+$(STAMP):
+	-@mkdir -p $(call quote,$(@D)) && printf '%s\n' $(call quote,$(SETTINGS)) >$(call quote,$@)
+endif
 
 help: ## this list
 	@awk -F ':.*## ' '/^#: / { print "  " substr($$0, 4) } \
 	  /^[a-z][a-z-]*:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' \
 	  $(firstword $(MAKEFILE_LIST))
-run: ## one clip: make run WAV=hello.wav IMG=friend.png
-	$(if $(WAV),,$(error which recording? make run WAV=hello.wav IMG=friend.png))
-	$(HEDRA) run --wav $(call quote,$(WAV)) $(if $(IMG),--img $(call quote,$(IMG))) \
-	  --out-dir $(call quote,$(OUT)) $(ARGS)
+spoken = $(if $(SAY), --say="$$SAY")$(if $(VOICE), --voice $(call quote,$(VOICE)))
+into = $(blank)--out-dir $(call quote,$(OUT))
+one = $(if $(WAV), --wav $(call quote,$(WAV)))$(spoken)$(if $(IMG), --img $(call quote,$(IMG)))
+run: ## one clip: WAV=hello.wav IMG=friend.png, or SAY='Good morning!' VOICE=Maya IMG=friend.png
+	$(if $(WAV)$(SAY),,$(error which recording or text? WAV=hello.wav or SAY='Good morning!'))
+	$(HEDRA) run$(one)$(into) $(call line,$(ARGS))
 watch: ## make a clip of whatever is put into incoming/, until Ctrl-C
-	$(HEDRA) watch --out-dir $(call quote,$(OUT)) $(ARGS)
-credits: ## what the account can spend
+	$(HEDRA) watch$(into) $(ARGS)
+credits: ## what the account can spend (ARGS=--spent: what was spent)
 	$(HEDRA) credits $(ARGS)
-demo: ## an avatar of a sample, without a key (API=v3: by the other API; API=both)
-	$(PYTHON) sandbox.py demo $(if $(API),--api $(API)) --out-dir $(call quote,$(OUT)) $(ARGS)
+voices: ## who can speak
+	$(HEDRA) voices $(ARGS)
+demo: ## an avatar of a sample, without a key (SAY='Hello there', API=v3 or both)
+	$(PYTHON) -m sandbox demo$(if $(API), --api $(API))$(spoken)$(into) $(ARGS)
 sandbox: ## Hedra on this machine, for trying things out: no key, no credits
-	$(PYTHON) sandbox.py $(ARGS)
+	$(PYTHON) -m sandbox serve $(ARGS)
+demo sandbox: ffmpeg
 ffmpeg:
 	@command -v ffmpeg >/dev/null || $(PYTHON) -c 'import imageio_ffmpeg' 2>/dev/null || \
 	  $(PYTHON) -m pip install -q imageio-ffmpeg
-
 bench: ## what the program costs beside its floors, in three minutes, without a key
-	@$(PYTHON) -c 'import requests' 2>/dev/null || $(PYTHON) -m pip install -q requests || \
-	  echo 'without requests one row of the table stays empty' >&2
-	$(PYTHON) sandbox.py bench $(ARGS)
+	$(PYTHON) -m sandbox bench $(ARGS)
 
 install: ## the packages, in .venv (with PYTHON=... in that Python)
 .venv/bin/python:
@@ -102,9 +151,9 @@ install: ## the packages, in .venv (with PYTHON=... in that Python)
 	@touch $@
 lint: ## ruff, and mypy --strict
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m mypy --strict hedra_avatar.py sandbox.py
+	$(PYTHON) -m mypy --strict hedra_avatar.py sandbox
 # Tests call make themselves: what this call was given is not meant for those.
 test: ## pytest; one test: make test ARGS='-k balance'
 	@unset MAKEFLAGS ARGS; set -x; $(PYTHON) -m pytest -q $(ARGS)
 clean: ## remove .venv and the tools' caches; videos and the ledger (.cache) stay
-	rm -rf .venv __pycache__ .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv __pycache__ sandbox/__pycache__ .pytest_cache .mypy_cache .ruff_cache
