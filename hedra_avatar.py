@@ -179,7 +179,7 @@ def amount(value: float | None, unit: str) -> str:
     if value is None:
         return "?"
     if unit == "USD":
-        return f"${value:.2f}"
+        return f"${value:.2f}" if value >= 0.1 or value <= 0 else f"${value:.3g}"
     return f"{value:.10g} {unit}" if value != 1 else f"1 {unit.removesuffix('s')}"
 
 
@@ -1172,7 +1172,7 @@ def iter_polls(api: Api, name: str, interval_s: float, grace_s: float) -> Iterat
     started, failures, http = time.monotonic(), 0, api.http
     while True:
         # All share the pace, and a poll costs two milliseconds of a processor.
-        pause_s = max(interval_s, http.waiting * max(0.0125, 1.5 * http.pace.gap_s))
+        pause_s = max(interval_s, http.waiting * max(0.02, 1.5 * http.pace.gap_s))
         try:
             status = api.look(name)
         except ApiError as error:
@@ -3268,7 +3268,10 @@ class Command:
         studio, args, deadline = self.studio, self.args, time.monotonic() + self.args.timeout
         alone = args.command == "run"  # as make runs it, which wants a new time whatever the reason
         with studio.http.until(deadline):
+            if self.view.where == "terminal":
+                self.view.state(args.command, "looks at files and prices")
             studio.plan(clips)
+            self.view.leave(args.command)
             if args.dry_run:
                 return self.show_plan(clips)
             studio.afford(clips, args.max_credits)
