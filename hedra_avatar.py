@@ -429,7 +429,7 @@ def inspect_open(stream: IO[bytes], file: Path, kind: Kind) -> Media:
     if not (content_type := sniff(data, kind)):
         if size < 44 and any(mark.startswith(data[:4]) for mark in (b"RIFF", b"\x89PNG")):
             raise Unfinished(f"it is empty or cut short: give {wanted}")
-        raise InputError(f"it is something else: give {wanted}")
+        raise InputError(f"it is no {kind} that Hedra takes: give {wanted}")
     if size > limit:
         raise InputError(f"it has {size:,} bytes; Hedra takes at most {limit:,}")
     cut = not is_whole(data, content_type, size)
@@ -1782,8 +1782,8 @@ class Ledger:
     guard, held = threading.Lock(), set[tuple[Path, int]]()  # by the threads of this process
 
     def __init__(self, folder: Path, sleep: Sleep, say: Callable[[str], object]) -> None:
-        self.folder, self.sleep, self.say = folder, sleep, say
-        self.home = os.path.abspath(folder.parent)
+        self.folder, self.sleep, self.say = Path(os.path.abspath(folder)), sleep, say
+        self.home = str(self.folder.parent)
         self.seen: dict[str, tuple[str, Media]] = {}
 
     def load(self, kind: str, key: str, *, owned: bool = False) -> Record:
@@ -1814,7 +1814,7 @@ class Ledger:
         or, where that is a text, gets an InputError of it. The kernel frees it with its owner."""
         import fcntl
 
-        path, at = self.folder.absolute() / "locks", int(digest_of(name)[:15], 16)
+        path, at = self.folder / "locks", int(digest_of(name)[:15], 16)
         descriptor = lock_file(path)
         while True:
             with self.guard, contextlib.suppress(BlockingIOError, PermissionError):  # not free
@@ -2197,7 +2197,7 @@ class Clip:
         self.state, self.error = BAD if error else NEW, error
         self.price: float | None = None
         self.billed: float | None = None
-        self.paid, self.warning, self.spent_s = False, "", 0.0
+        self.paid, self.is_doubtful, self.warning, self.spent_s = False, False, "", 0.0
         self.effort: dict[str, float] = {}
 
     @property
@@ -2380,7 +2380,7 @@ class Studio:
         if clip.kind == SPEECH:
             clip.key = self.speech_key(clip)
             if not clip.target.name:
-                clip.target = self.account.cache / "speeches" / f"{clip.key}.audio"
+                clip.target = self.ledger.folder / "speeches" / f"{clip.key}.audio"
             return
         assert clip.image is not None
         with clip.timed("hashing"):
@@ -2403,7 +2403,8 @@ class Studio:
     def speech_key(self, clip: Clip) -> str:
         """What a speech is: text, voice and model; raises InputError for what nobody can say."""
         limits, model = self.api.speech_limits, self.asked[SPEECH] or self.api.default_speech_model
-        if not 0 < len(clip.prompt) <= (limit := limits.get(model, limits[""])):
+        limit = limits.get(model, limits[""])
+        if not 0 < len(clip.prompt) <= limit:
             size = f"{len(clip.prompt):,} characters, and {model or 'Hedra'} speaks 1 to {limit:,}"
             raise InputError(f"the text of {clip.name} has {size}; nothing was sent")
         clip.voice = self.voice(clip.voice)
@@ -2480,10 +2481,15 @@ class Studio:
         try:
             if target.is_dir():
                 raise InputError(f"{name} is a folder: --out takes the video's file name")
+            if os.path.lexists(target) and not target.is_file():
+                raise InputError(f"{name} is no file that a video could replace")
             exists = os.path.lexists(target) and os.stat(target).st_size > 0
-            if exists and any(target.samefile(file) for file in (clip.audio, clip.image) if file):
+            inputs = [file for file in (clip.audio, clip.image) if file and file.exists()]
+            if exists and any(target.samefile(file) for file in inputs):
                 raise InputError(f"{name} is an input: the video needs a name of its own")
-            if exists and clip.state != DONE and not self.may_replace(clip):
+            replaces = clip.state == DONE or not exists or self.may_replace(clip)
+            clip.is_doubtful = replaces is None
+            if replaces is False:
                 raise InputError(
                     f"{name} exists and is no video that Hedra made for this folder (edited, or of "
                     "another origin): it is left as it is, and nothing was paid; move it away or "
@@ -2498,15 +2504,17 @@ class Studio:
             text = f"{name} cannot be written: {error.strerror}; choose another place for it"
             raise InputError(text) from error
 
-    def may_replace(self, clip: Clip, for_sure: bool = False) -> bool:
-        """Whether what is at the target may go: a result of ours, or what is left of one. Where the
-        ledger was lost it may be one, and the download will tell: see `compare`."""
+    def may_replace(self, clip: Clip) -> bool | None:
+        """Whether what is at the target may go: a result of ours, or what is left of one; None
+        where the ledger was lost, and only the download will tell: see `compare`."""
         known = clip.record.part("videos").values
-        if not for_sure and not known and (clip.found or clip.state != NEW):
+        inspect = inspect_film if clip.kind == VIDEO else inspect_speech
+        whole = inspect(clip.target) is not None
+        if whole and (self.force or self.ledger.is_ours(clip.target)):
             return True
-        if (inspect_film if clip.kind == VIDEO else inspect_speech)(clip.target) is None:
-            return self.ledger.place(clip.target) in known
-        return self.force or self.ledger.is_ours(clip.target)
+        if not known and (clip.found or clip.state != NEW):
+            return None
+        return not whole and self.ledger.place(clip.target) in known
 
     def look_for(self, clips: Sequence[Clip]) -> None:
         """Ask in one go whether Hedra has generations that this ledger does not know of."""
@@ -2519,7 +2527,9 @@ class Studio:
         found = self.tolerant(ask, "the list of generations") if asked else {}
         for name in found or {}:
             clip, key = asked[name]
-            clip.key, clip.found, clip.state = key, name, FLIGHT
+            clip.key, clip.found = key, name
+            anew = self.force and clip.kind == VIDEO and not clip.record.values
+            clip.state = NEW if anew else FLIGHT
 
     # -- afford: prices against the balance and the cap
 
@@ -2574,7 +2584,8 @@ class Studio:
         self.cap, self.planned = cap, high
         if cap is not None and high > cap:
             costs, limit = amount(high, unit), amount(cap, unit)
-            text = f"{len(wanted)} clips for about {costs}, and --max-credits is {limit}"
+            guess = " (with a fifth on top of guesses)" * any(c.is_estimate for c in wanted)
+            text = f"to make: {len(wanted)}, for about {costs}{guess}; --max-credits is {limit}"
             raise OutOfCredits(f"{text}; nothing was uploaded or paid")
         # What is in doubt may be paid already: there the server has the last word.
         price = round(sum(clip.due or 0 for clip in wanted if clip.state == NEW), 6)
@@ -2641,10 +2652,11 @@ class Studio:
     def register(self, clip: Clip) -> None:
         """Write down a generation that Hedra was found to have."""
         record = self.ledger.load("clips", clip.key, owned=True)
-        if clip.found and record.text("state") in ("", NEW, "intent"):
+        state = record.text("state")
+        if clip.found and state in ("", NEW, "intent"):
             self.accept(clip, record, clip.found, paid=False)
-            if self.force:  # how old it is nobody knows: the new take that was asked for is made
-                record.save(state="done")
+            # How old it is nobody knows: --force makes the new take that was asked for.
+            record.save(state="done" if self.force and state != "intent" else "submitted")
 
     def renew(self, clip: Clip) -> None:
         """Give a finished video a new time, so that make is satisfied."""
@@ -2698,8 +2710,9 @@ class Studio:
         with self.lock:
             self.planned = round(self.planned - 1.2 * (before or 0) + (clip.price or 0), 6)
             if self.cap is not None and (clip.price is None or self.planned > self.cap):
-                costs, left = amount(clip.price, unit), f"--max-credits {amount(self.cap, unit)}"
-                raise OutOfCredits(f"the speech is kept; the video costs {costs}, over {left}")
+                costs = f"{amount(clip.price, unit)}, and all together {amount(self.planned, unit)}"
+                text = f"the speech is there and kept; its video costs {costs}"
+                raise OutOfCredits(f"{text}; --max-credits is {amount(self.cap, unit)}: raise it")
 
     @contextlib.contextmanager
     def patiently(self, turn: threading.Lock | threading.Semaphore) -> Iterator[None]:
@@ -2942,21 +2955,21 @@ class Studio:
         try:
             if there := self.ledger.find(record, target):
                 copy_file(there, target)
-            elif target.exists() and target.stat().st_size and not self.may_replace(clip, True):
+            elif clip.is_doubtful:
                 self.compare(clip, url)
             else:
                 self.download(clip, url, target)
             self.ledger.keep(record, target, state="done", etag="")
+        except HedraError as error:  # StillRunning is an OSError as well
+            if not (there := self.ledger.find(record, target, nearby=True)):
+                raise self.gone(clip, error) from error
+            copy_file(there, target)
+            self.ledger.keep(record, target)
         except OSError as error:
             text = f"{printable(error.filename or target)} cannot be written: {error.strerror}"
             where = f"it is paid for and safe at Hedra [generation {generation_id}]"
             how = "make room and run the same command again"
             raise HedraError(f"{text}; {where}: {how}") from error
-        except HedraError as error:
-            if not (there := self.ledger.find(record, target, nearby=True)):
-                raise self.gone(clip, error) from error
-            copy_file(there, target)
-            self.ledger.keep(record, target)
         if clip.warning:
             self.view.say(f"warning: {clip.name}: {clip.warning}")
 
@@ -3020,16 +3033,18 @@ def copy_file(source: Path, target: Path) -> None:
 def make_one(studio: Studio, clip: Clip) -> Path:
     """Plan, afford, make: one clip for a program that calls."""
     studio.deadline = time.monotonic() + studio.timeout_s
-    with studio.http.until(studio.deadline):
-        studio.plan([clip])
-        if clip.error:
-            raise clip.error
-        studio.afford([clip])
-        try:
+    try:
+        with studio.http.until(studio.deadline):
+            studio.plan([clip])
+            if clip.error:
+                raise clip.error
+            studio.afford([clip])
             studio.make(clip)
-        finally:
-            studio.view.leave(clip.name)
-    studio.settle([clip])
+        studio.settle([clip])
+    except OSError as error:
+        raise error if isinstance(error, HedraError) else HedraError(explain(error)) from error
+    finally:
+        studio.view.leave(clip.name)
     return clip.target
 
 
@@ -3086,7 +3101,10 @@ Names = Mapping[str, str]  # of a folder, as `folder_names` gives them
 
 def folder_names(folder: Path) -> Names:
     """The names in a folder, by themselves and in lower case, for cameras write X.JPG."""
-    names = sorted(os.listdir(folder))
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise InputError(f"the folder {printable(folder)}: {error.strerror}") from error
     return {name.lower(): name for name in names} | {name: name for name in names}
 
 
@@ -3133,8 +3151,10 @@ def read_text(file: Path, limit: int = PROMPT_BYTES) -> str:
         if len(data) > limit:
             raise InputError(f"{printable(file)} has more than {limit:,} bytes: too long")
         return data.decode("utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{printable(file)} is no readable UTF-8 text: {error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{printable(file)} is no UTF-8 text: {error}") from error
+    except OSError as error:
+        raise InputError(f"{printable(file)} cannot be read: {error.strerror}") from error
 
 
 def clip_of(source: Path, args: argparse.Namespace, names: Names, text: str = "") -> Clip:
@@ -3328,7 +3348,7 @@ class Command:
         view.count(bool(clip.error))
         if clip.error and view.clips:
             view.say(f"{clip.name}: failed")  # the reason comes at the end
-        elif not clip.error and clip.effort.get("requests"):
+        elif not clip.error and clip.state != DONE:
             view.say(f"{clip.name}: done (in {clip.spent_s:.1f} s)")
         if self.args.verbose > 1 and clip.effort:
             effort = ", ".join(f"{name} {value:g}" for name, value in clip.effort.items())
@@ -3417,7 +3437,7 @@ class Watcher:
             if inode and rung and now >= self.outage.due:
                 self.bell.clear()  # before the folder is listed: what comes meanwhile rings again
                 rescan_at = now + RESCAN_S
-                with contextlib.suppress(OSError):  # the folder went away just now
+                with contextlib.suppress(OSError, InputError):  # the folder went away just now
                     self.look_round()
             notify_systemd("WATCHDOG=1")
             stop.wait(max(TURN_S, 4 * (time.monotonic() - now)))  # of a full folder less often
@@ -3491,7 +3511,7 @@ class Watcher:
         if isinstance(error, StillRunning):  # the time has been used already
             wait.due = now
         same = UUID_SHAPE.sub("", wait.why) == UUID_SHAPE.sub("", before)
-        news = not same if error else bool(clip.effort.get("requests"))
+        news = not same if error else clip.state != DONE
         if error and news:
             more = "; it is tried again" if again else ""
             self.view.say(f"{clip.name}: failed: {wait.why}{more}")
@@ -3550,11 +3570,14 @@ def cmd_run(command: Command) -> int:
     if args.wav:
         inspect_file(source, "audio")
     elif of_file:
-        source = Path(args.say[1:])
+        if not (source := Path(args.say[1:])).name:
+            raise InputError("--say @ needs the name of a file, as in --say @news.txt")
         text = read_text(source, TEXT_BYTES)
     else:
-        name = "-".join(re.findall(r"\w+", args.say)[:6])[:40].strip("-").lower()
-        source, text = Path(f"{name or 'speech'}{SAY_SUFFIX}"), args.say
+        name = "-".join(re.findall(r"\w+", args.say)).lower() or "speech"
+        if len(name) > 40:  # texts that begin alike are not one video
+            name = f"{name[:35].rpartition('-')[0] or name[:35]}-{digest_of(args.say)[:4]}"
+        source, text = Path(f"{name}{SAY_SUFFIX}"), args.say
     if not args.wav and not text.strip():
         raise InputError("the text is blank: there is nothing to say, and nothing was sent")
     names = folder_names(source.parent) if of_file else {}

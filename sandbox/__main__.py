@@ -73,7 +73,7 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
     names = {"v2": "demo.mp4", "v3": "demo-v3.mp4"}
     chosen = list(names) if arguments.api == "both" else [arguments.api]
     arguments.out_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="demo-") as folder, Sandbox(render_seconds=1.0) as sandbox:
+    with tempfile.TemporaryDirectory() as folder, Sandbox(render_seconds=1.0) as sandbox:
         image, audio = sample(Path(folder))
         words = ["--img", str(image), "--poll-interval", "1", *arguments.more]
         spoken = ["--say", arguments.say, "--voice", arguments.voice or sandbox.voices[0]["name"]]
