@@ -2639,7 +2639,7 @@ def test_a_failed_clip_stops_no_other_and_is_listed_last_once_with_its_reason(wo
     world.fail("submit", "refused", skip=1)
     told = world.batch("--jobs", "1").fails()
     assert len(told.out.splitlines()) == 2
-    reasons = ["anna.*cut short", "dora.*UTF-8", "finn.*not a file", "gus.*not a file", "moderation"]
+    reasons = ["anna.*cut short", "dora.*UTF-8", "finn.*not a file", "gus.*not a file", "modera"]
     last = told.err.splitlines()[-5:]
     assert [sum(bool(re.search(reason, line)) for line in last) for reason in reasons] == [1] * 5
     assert "Traceback" not in told.err
