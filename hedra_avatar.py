@@ -107,6 +107,7 @@ class HedraError(Exception):
     retry_after: float | None = None
     retryable = ambiguous = False  # the same may succeed later; it may have been carried out
     transient = False  # of a failed generation: Hedra says that it may pass
+    cost: float | None = None  # of a failed generation: what Hedra has billed
     unreachable = False  # Hedra could not be reached
 
     def __init__(self, message: str, **evidence: Any) -> None:
@@ -1912,7 +1913,8 @@ def await_end(
         api.http.waiting -= 1
     if status.state == FAILED:
         text = f"Hedra could not make it: {status.failure} [generation {generation_id}]"
-        raise GenerationFailed(text, generation_id=generation_id, transient=status.transient)
+        evidence = {"transient": status.transient, "cost": status.cost}
+        raise GenerationFailed(text, generation_id=generation_id, **evidence)
     return status
 
 
@@ -2914,8 +2916,10 @@ class Studio:
                         self.api, clip.generation_id, clip.name, self.view, self.interval_s, grace_s
                     )
             except GenerationFailed as error:
-                transient = error.transient
-                clip.record.save(state="refused", reason=str(error), transient=transient)
+                clip.billed, transient = error.cost, error.transient
+                clip.record.save(
+                    state="refused", reason=str(error), transient=transient, billed=error.cost
+                )
                 raise
             except ApiError as error:
                 # 400 and 422 are of an id that could be none of Hedra's.
