@@ -5,26 +5,41 @@
 # ///
 """Turn a portrait and a voice into a talking-avatar video with Hedra, and never pay twice for it.
 
-From a shell, and from Python:
+examples, in a shell and in Python:
+  hedra_avatar.py run --wav hello.wav --img friend.png       -> output/hello.mp4
+  hedra_avatar.py run --say 'Good morning!' --voice Anna --img friend.png --out morning.mp4
+  hedra_avatar.py run --say @news.txt --img friend.png --dry-run
+  hedra_avatar.py batch course --jobs 8 --max-credits 500    (--dry-run: the price list)
+  hedra_avatar.py watch --img friend.png                     until Ctrl-C
+  hedra_avatar.py watch /mnt/share/drop --polling
+  hedra_avatar.py credits --min 100                          exit status 1 if there is less
+  hedra_avatar.py credits --spent                            by this folder, by month
+  hedra_avatar.py voices --json
 
-    export HEDRA_API_KEY=...                # either kind of key; a .env file will do as well
-    python hedra_avatar.py run --wav hello.wav --img friend.png       # -> output/hello.mp4
-    python hedra_avatar.py run --say 'Good morning!' --voice Maya --img friend.png
-    python hedra_avatar.py batch --img friend.png                     # a folder of recordings
+  hedra_avatar.make_video(Path("hello.wav"), Path("friend.png"), Path("hello.mp4"), key)
 
-    import hedra_avatar as hedra
-    hedra.make_video(Path("hello.wav"), Path("friend.png"), Path("hello.mp4"), key)
+A recording (wav mp3 m4a flac ogg aif aiff) lasts 0.5 to 600 seconds. A clip of a folder is a
+recording, or a text to be spoken, x.say.txt. Beside x.wav may lie x.png (or jpg, jpeg, webp), its
+portrait, x.txt, its prompt, and x.voice.txt, who speaks. The video is output/x.mp4.
 
 A clip is its content: the bytes of portrait and recording (or a text and a voice), the prompt,
-resolution, aspect ratio, model and account. The ledger under `.cache/` remembers by it what was
-asked of Hedra and what came back, so whatever fails, is killed, is rerun or races, a clip is paid
-for once: run the same command again and it takes up where the last one stopped; `--force` pays
-for a new take.
+resolution, aspect ratio, model and account. The ledger, .cache/, remembers by it what was asked of
+Hedra and what came back. So a clip is paid for once, whatever fails, is killed, is rerun or races:
+run a command again and it takes up where the last one stopped; --force pays for a new take.
 
-Hedra has two APIs. A key with a colon belongs to the jobs API (v3, US dollars), any other to the
-web API (v2, credits). Facts about them are from Hedra's OpenAPI documents unless a comment says
-otherwise. Linux and macOS (the ledger's locks are fcntl's). Every name is defined before its use.
-"""
+Hedra has two APIs. A key with a colon is of the jobs API (v3, US dollars), any other of the web
+API (v2, credits). Facts about them are from Hedra's OpenAPI documents unless a comment says
+otherwise. Linux and macOS (locks are fcntl's). Every name is defined before its use.
+
+environment, or a file named .env in the working directory (a flag wins over both):
+  HEDRA_API_KEY       the key, of either kind
+  FRIEND_IMG          portrait of clips that have none
+  HEDRA_VOICE         who speaks texts, by name or id
+  HEDRA_MODEL_ID, HEDRA_WORKSPACE_ID, HEDRA_BASE_URL, HEDRA_CACHE_DIR (.cache)
+  HEDRA_HTTP_TIMEOUT  seconds without an answer (60)
+  HTTPS_PROXY, ALL_PROXY, NO_PROXY, SSL_CERT_FILE as with curl
+
+exit status: 0 done, 1 something failed, 2 wrong usage, 130 Ctrl-C (129 SIGHUP, 143 SIGTERM)."""
 
 from __future__ import annotations
 
@@ -52,6 +67,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar, copy_context
 from importlib import import_module
 from pathlib import Path
 from stat import S_ISREG
@@ -92,6 +108,11 @@ PROMPT_BYTES, TEXT_BYTES = 64 << 10, 256 << 10  # of a prompt, of a text to be s
 PROGRESS_BYTES = 16 << 10  # a download that gets less in SILENCE_TIMEOUT_S stands still
 CHARS_PER_S = 15.0  # of speech, before anybody has spoken it
 
+T = TypeVar("T")
+P = ParamSpec("P")
+Kind = Literal["image", "audio"]
+VIDEO, SPEECH = "video", "speech"  # what is made
+
 
 # ---- errors: HedraError, and those of its children that somebody catches ------------------------
 
@@ -109,6 +130,7 @@ class HedraError(Exception):
     transient = False  # of a failed generation: Hedra says that it may pass
     cost: float | None = None  # of a failed generation: what Hedra has billed
     unreachable = False  # Hedra could not be reached
+    unfinished = False  # of a file: cut short, or still being written
 
     def __init__(self, message: str, **evidence: Any) -> None:
         super().__init__(message)
@@ -118,13 +140,14 @@ class HedraError(Exception):
         """Say more."""
         self.args = (f"{self}; {text}",)
 
+    @property
+    def is_of_all(self) -> bool:
+        """Whether it is no clip's fault: every other would meet it as well."""
+        return self.unreachable or self.status == 401
+
 
 class InputError(HedraError):
     """Refused before anything was sent: a file, a setting or a flag is not right."""
-
-
-class Unfinished(InputError):
-    """A file that is not all there: cut short, or still being written."""
 
 
 class Stopped(HedraError):
@@ -223,14 +246,6 @@ class Account(NamedTuple):
         """A name for the account that does not tell the key."""
         return digest_of("account", self.key, self.base_url, self.workspace)[:16]
 
-    @property
-    def mismatch(self) -> str:
-        """What to say where the base URL is plainly of the API that the key is not of, or ""."""
-        mine, other = ("v3", "v2") if ":" in self.key else ("v2", "v3")
-        wrong = self.base_url.endswith(urlsplit(BASE_URLS[other]).path)
-        text = f"HEDRA_BASE_URL is of the {other} API, this key of {mine}: unset it or use its key"
-        return text if wrong else ""
-
 
 def setting(environ: Mapping[str, str], name: str, default: str = "") -> str:
     """A variable of the environment, without blanks around it; an empty one is absent."""
@@ -239,8 +254,7 @@ def setting(environ: Mapping[str, str], name: str, default: str = "") -> str:
 
 def clean_key(raw: str) -> str:
     """The key without what pasting adds; raises InputError, never showing it."""
-    key = raw.strip().strip("\ufeff").strip()
-    if not key:
+    if not (key := raw.strip().strip("\ufeff").strip()):
         way = "set HEDRA_API_KEY, here or in a file named .env (`make demo` needs none)"
         raise InputError(f"no API key: {way}")
     if key.isascii() and key.isprintable():
@@ -266,19 +280,21 @@ def open_account(api_key: str, environ: Mapping[str, str] | None = None) -> Acco
     """The account behind a key, with HEDRA_BASE_URL, HEDRA_WORKSPACE_ID, HEDRA_CACHE_DIR and
     HEDRA_HTTP_TIMEOUT (seconds) read from `environ` (default: os.environ). Raises InputError."""
     environ, key = os.environ if environ is None else environ, clean_key(api_key)
-    url = setting(environ, "HEDRA_BASE_URL", BASE_URLS["v3" if ":" in key else "v2"])
+    mine, other = ("v3", "v2") if ":" in key else ("v2", "v3")
+    url = clean_url(setting(environ, "HEDRA_BASE_URL", BASE_URLS[mine]))
     if "?" in url or "#" in url:
         raise InputError("HEDRA_BASE_URL takes no ? and no #: it is the start of every address")
+    if url.endswith(urlsplit(BASE_URLS[other]).path):
+        raise InputError(f"HEDRA_BASE_URL is of the {other} API, this key of {mine}: unset it")
     raw = setting(environ, "HEDRA_HTTP_TIMEOUT", f"{SILENCE_TIMEOUT_S}")
     if not (silence_s := parse_number(raw)):
         raise InputError(f"HEDRA_HTTP_TIMEOUT is {printable(raw)!r}: give seconds, as in 60")
-    workspace, cache = setting(environ, "HEDRA_WORKSPACE_ID"), setting(environ, "HEDRA_CACHE_DIR")
-    return Account(key, clean_url(url), workspace, Path(cache or ".cache"), min(silence_s, 86_400))
+    cache = Path(setting(environ, "HEDRA_CACHE_DIR", ".cache"))
+    return Account(key, url, setting(environ, "HEDRA_WORKSPACE_ID"), cache, min(silence_s, 86_400))
 
 
-# ---- media: Media, Film, inspect_file, inspect_film ---------------------------------------------
+# ---- media: Media, inspect_file, inspect_film ---------------------------------------------------
 
-Kind = Literal["image", "audio"]
 LIMITS = {
     "image": (10_485_760, "a PNG, JPEG or WebP image"),
     "audio": (104_857_600, "a WAV, MP3, M4A, FLAC, Ogg or AIFF recording"),
@@ -295,26 +311,28 @@ SIGNATURES = {  # of the first bytes
 
 
 class Media(NamedTuple):
-    """What a file is. `seconds` is None where nobody here can tell; `digest` is of its bytes."""
+    """What a file is. `seconds` is None where nobody here can tell (0: a video does not say);
+    `digest` is of its bytes."""
 
     content_type: str = ""
     size_bytes: int = 0
     seconds: float | None = None
     digest: str = ""
-
-
-class Film(NamedTuple):
-    """What a whole MP4 holds; `seconds` is 0 where it does not say."""
-
-    seconds: float
-    has_sound: bool
+    has_sound: bool = True
 
 
 def open_regular(file: Path) -> io.BufferedReader:
-    """Open a file to read; InputError for a pipe or a device, which may run for ever. OSError."""
-    if S_ISREG(os.stat(file).st_mode):
-        return open(file, "rb")
-    raise InputError(f"{printable(file)} is not a file: give the path of one")
+    """Open a file to read; raises InputError where that cannot be, and for a pipe or a device,
+    which may run for ever."""
+    name = printable(file)
+    try:
+        if S_ISREG(os.stat(file).st_mode):
+            return open(file, "rb")
+    except FileNotFoundError:
+        raise InputError(f"{name} does not exist") from None
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror}") from error
+    raise InputError(f"{name} is not a file: give the path of one")
 
 
 def signature(file: Path | str) -> str:
@@ -330,7 +348,7 @@ def sniff(head: bytes, kind: str) -> str:
 
 
 def wav_seconds(stream: IO[bytes], size: int) -> float:
-    """The duration that a WAV header promises; raises Unfinished unless the file holds it all."""
+    """The duration that a WAV header promises; raises InputError unless the file holds it all."""
     at, name, length, rate, wide = 12, b"", 0, 0, 0
     for _ in range(10_000):
         stream.seek(at)
@@ -345,28 +363,26 @@ def wav_seconds(stream: IO[bytes], size: int) -> float:
         at += length + length % 2
     promised, there = (wide or length, max(0, size - at)) if name == b"data" else (0, 0)
     if not promised or promised > there:
-        piped = " (to a file, not to a pipe)" if promised > 0xFFFF_0000 else ""
         text = f"its header promises {promised:,} bytes of sound and {there:,} are there"
-        raise Unfinished(f"{text}; export or copy it again{piped}")
+        piped = " (to a file, not to a pipe)" if promised > 0xFFFF_0000 else ""
+        raise InputError(f"{text}; export or copy it again{piped}", unfinished=True)
     if not rate:
         raise InputError("it is a damaged WAV: its header has no byte rate")
     return promised / rate
 
 
 def probed_seconds(file: Path) -> float | None:
-    """The duration by ffprobe, None where there is none or it cannot tell; raises Unfinished for
+    """The duration by ffprobe, None where there is none or it cannot tell; raises InputError for
     what it cannot read."""
     import subprocess
 
     words = ["ffprobe", "-v", "error", "-show_entries", "format=duration", "-of", "csv=p=0"]
     words += [os.path.abspath(file)]  # so that no name is taken for a flag or a protocol
-    null = subprocess.DEVNULL
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
-            words, stdin=null, stdout=subprocess.PIPE, stderr=null, timeout=10, check=False
-        )
+        null = subprocess.DEVNULL
+        done = subprocess.run(words, stdin=null, capture_output=True, timeout=10, check=False)
         if done.returncode == 1:
-            raise Unfinished("ffprobe cannot read it; copy or export it again")
+            raise InputError("ffprobe cannot read it; copy or export it again", unfinished=True)
         return parse_number(done.stdout) or None
     return None
 
@@ -406,7 +422,7 @@ def iter_boxes(stream: IO[bytes], at: int, end: int) -> Iterator[tuple[bytes, in
         at = stop
 
 
-def read_film(stream: IO[bytes]) -> Film | None:
+def read_film(stream: IO[bytes]) -> Media | None:
     """What an MP4 holds, None where its `ftyp`, `moov` and `mdat` are not all whole."""
     names, seconds, sound = set[bytes](), 0.0, False
     size = os.fstat(stream.fileno()).st_size
@@ -420,7 +436,8 @@ def read_film(stream: IO[bytes]) -> Film | None:
             length = int.from_bytes(data[at + 4 : at + 4 + width], "big")
             seconds = length / scale if scale else 0.0
         sound = sound or (name == b"hdlr" and data[8:12] == b"soun")
-    return Film(seconds, sound) if {b"ftyp", b"moov", b"mdat"} <= names else None
+    whole = {b"ftyp", b"moov", b"mdat"} <= names
+    return Media("video/mp4", size, seconds, has_sound=sound) if whole else None
 
 
 def inspect_open(stream: IO[bytes], file: Path, kind: Kind) -> Media:
@@ -429,13 +446,13 @@ def inspect_open(stream: IO[bytes], file: Path, kind: Kind) -> Media:
     data = stream.read(limit if kind == "image" else 64)
     if not (content_type := sniff(data, kind)):
         if size < 44 and any(mark.startswith(data[:4]) for mark in (b"RIFF", b"\x89PNG")):
-            raise Unfinished(f"it is empty or cut short: give {wanted}")
+            raise InputError(f"it is empty or cut short: give {wanted}", unfinished=True)
         raise InputError(f"it is no {kind} that Hedra takes: give {wanted}")
     if size > limit:
         raise InputError(f"it has {size:,} bytes; Hedra takes at most {limit:,}")
     cut = not is_whole(data, content_type, size)
     if cut or (content_type == "audio/mp4" and read_film(stream) is None):
-        raise Unfinished("it ends too early; copy or export it again")
+        raise InputError("it ends too early; copy or export it again", unfinished=True)
     if kind == "image":
         return Media(content_type, size)
     wav = content_type == "audio/wav"
@@ -447,24 +464,22 @@ def inspect_open(stream: IO[bytes], file: Path, kind: Kind) -> Media:
 
 def inspect_file(file: Path, kind: Kind) -> Media:
     """Look at a file before anything is sent; raises InputError that names it."""
-    name = printable(file)
-    try:
-        with open_regular(file) as stream:
+    with open_regular(file) as stream:
+        try:
             return inspect_open(stream, file, kind)
-    except FileNotFoundError:
-        raise InputError(f"{name} does not exist: give the path of {LIMITS[kind][1]}") from None
-    except OSError as error:
-        raise InputError(f"{name} cannot be read: {error.strerror}") from error
-    except Unfinished as error:
-        raise Unfinished(f"{name} is cut short or still being written: {error}") from None
-    except InputError as error:
-        raise InputError(f"{name} cannot be used: {error}") from None
+        except InputError as error:
+            cut = "is cut short or still being written" if error.unfinished else "cannot be used"
+            text = f"{printable(file)} {cut}: {error}"
+            raise InputError(text, unfinished=error.unfinished) from None
 
 
-def inspect_speech(file: Path) -> Media | None:
-    """What a recording is, None where it is not whole or no sound."""
+def inspect_film(file: Path, kind: str = VIDEO) -> Media | None:
+    """What a video (or, of that kind, a speech) holds, None where it is not whole."""
     with contextlib.suppress(InputError):
-        return inspect_file(file, "audio")
+        if kind == SPEECH:
+            return inspect_file(file, "audio")
+        with open_regular(file) as stream:
+            return read_film(stream)
     return None
 
 
@@ -489,16 +504,8 @@ def video_digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-def inspect_film(file: Path) -> Film | None:
-    """What a video holds, None where it is not whole. Raises OSError."""
-    with open_regular(file) as stream:
-        return read_film(stream)
+# ---- replies: Reply, parse_status, parse_model, parse_price, parse_error, Clip ------------------
 
-
-# ---- replies: Reply, parse_status, parse_model, parse_price, parse_error ------------------------
-
-T = TypeVar("T")
-VIDEO, SPEECH = "video", "speech"
 QUEUED, PROCESSING, FINALIZING = "queued", "processing", "finalizing"
 COMPLETE, FAILED = ENDED = ("complete", "failed")
 STATES = {
@@ -583,27 +590,16 @@ class Status(NamedTuple):
     cost: float | None = None
 
 
-class Asset(NamedTuple):
-    """What a submit names a file by; `expires_at` is seconds since the epoch, None for never."""
-
-    ref: str
-    expires_at: float | None = None
-
-    def is_usable(self) -> bool:
-        """Whether a submit may name it, with five minutes left to send it."""
-        return bool(self.ref) and (self.expires_at is None or time.time() < self.expires_at - 300)
-
-
 class Model(NamedTuple):
-    """An entry of the catalogue, as far as a clip needs it; `price` in the entry's own wording."""
+    """An entry of the catalogue, as far as a clip needs it; `row` is the entry in its own words."""
 
     id: str
     slug: str = ""
     name: str = ""
-    resolutions: tuple[str, ...] = ()
-    aspect_ratios: tuple[str, ...] = ()
+    resolutions: Sequence[str] = ()
+    aspect_ratios: Sequence[str] = ()
     max_seconds: float | None = None
-    price: dict[str, Any] | None = None
+    row: Reply = Reply({})
 
 
 class Balance(NamedTuple):
@@ -623,21 +619,6 @@ class Voice(NamedTuple):
     preview_url: str = ""
 
 
-class Order(NamedTuple):
-    """All that a submit says of a video or a speech."""
-
-    kind: str
-    prompt: str  # of a speech: its text
-    model: Model
-    reserved: str = ""  # the generation id (v2), the idempotency key (v3)
-    image: str = ""
-    audio: str = ""
-    resolution: str = "540p"
-    aspect_ratio: str = "9:16"
-    settings: Mapping[str, Any] = {}
-    voice: str = ""
-
-
 def parse_time(text: str) -> float | None:
     """Seconds since the epoch from an ISO-8601 instant, or None."""
     import datetime
@@ -648,14 +629,14 @@ def parse_time(text: str) -> float | None:
     return None
 
 
-def parse_retry_after(value: str | None) -> float | None:
+def parse_retry_after(value: str) -> float | None:
     """Seconds to wait from a Retry-After header: a number or an HTTP date, else None."""
     from email.utils import parsedate_to_datetime
 
-    if (seconds := parse_number(value or "")) is not None:
+    if (seconds := parse_number(value)) is not None:
         return seconds
     with contextlib.suppress(ValueError, OverflowError):
-        return max(0.0, parsedate_to_datetime(value or "").timestamp() - time.time())
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     return None
 
 
@@ -685,15 +666,14 @@ def parse_model(row: Reply) -> Model:
     """One row of the v2 catalogue; ids may be null there, then the slug is the id."""
     slug, limit = row.text("slug"), row.number("max_duration_ms")
     return Model(
-        row.text("id", "slug"), slug, row.text("name") or slug, tuple(row.texts("resolutions")),
-        tuple(row.texts("aspect_ratios")), limit / 1000 if limit and limit > 0 else None,
-        {name: row.values.get(name) for name in ("pricing", "price_details")},
+        row.text("id", "slug"), slug, row.text("name") or slug, row.texts("resolutions"),
+        row.texts("aspect_ratios"), limit / 1000 if limit and limit > 0 else None, row,
     )
 
 
-def parse_price(price: Reply, seconds: float, resolution: str, characters: int = 0) -> float | None:
+def parse_price(row: Reply, seconds: float, resolution: str, characters: int = 0) -> float | None:
     """Credits by a v2 catalogue entry, or None where it does not tell or cannot be right."""
-    pricing, details = price.part("pricing"), price.part("price_details")
+    pricing, details = row.part("pricing"), row.part("price_details")
     base, rate = pricing.figure("base_cost", 0), pricing.figure("credits_per_second", 0)
     if base or rate:
         factor = pricing.part("modifiers").part("resolution").figure(resolution, 1)
@@ -704,14 +684,6 @@ def parse_price(price: Reply, seconds: float, resolution: str, characters: int =
         factor, scale = details.figure("credit_cost", math.nan), details.figure("unit_scale", 1)
         units = count / scale if scale else math.nan
     return math.ceil(cost - 1e-6) if 0 <= (cost := factor * units) < 1e15 else None
-
-
-def takes_portrait_and_audio(row: Reply) -> bool:
-    """Whether a catalogue row is of a model that could make an avatar."""
-    slots = [slot for mode in row.rows("inputs") or () for slot in mode.rows("slots") or ()]
-    kinds = {slot.text("type") for slot in slots}
-    image = row.flag("requires_start_frame") or "image" in kinds
-    return image and (row.flag("requires_audio_input") or "audio" in kinds)
 
 
 def choose_model(rows: Sequence[Reply], asked: str = "") -> Model | None:
@@ -744,8 +716,7 @@ def error_words(body: Any) -> tuple[Reply, str]:
         parts += error.texts(name)
     if (billing := error.part("billing")).values:
         unit = billing.text("currency") or "USD"
-        balance, price = (amount(billing.number(n), unit) for n in ("balance", "required"))
-        parts += [f"balance {balance}", f"price {price}" if price != "?" else ""]
+        parts += [f"{n} {amount(billing.number(n), unit)}" for n in ("balance", "required")]
         parts.append(f"{billing.text('reason')} add funds at {billing.text('funding_url')}".strip())
     return error, "; ".join(dict.fromkeys(part for part in parts if part))
 
@@ -771,6 +742,7 @@ def parse_error(status: int, headers: Mapping[str, str], text: str, where: str) 
         body = text
     error, words = error_words(body)
     code, after = error.text("error_code", "code"), error.number("retry_after")
+    after = parse_retry_after(headers.get("Retry-After", "")) if after is None else max(0.0, after)
     broke = status == 402 or code in ("MISSING_CREDITS", "INSUFFICIENT_BALANCE")
     said = f"Hedra answered {status} to {where}: {words or 'no reason given'}"
     if trace := Reply(body).text("trace_id"):
@@ -779,7 +751,7 @@ def parse_error(status: int, headers: Mapping[str, str], text: str, where: str) 
     hints = [hint for pattern, hint in HINTS.items() if re.match(pattern, case, re.DOTALL)][:1]
     return (RateLimited if status == 429 else OutOfCredits if broke else ApiError)(
         "; ".join([said, *hints]), status=status, code=code, words=words, trace_id=trace,
-        retry_after=parse_retry_after(headers.get("Retry-After") if after is None else str(after)),
+        retry_after=after,
         # What a gateway says, in words of its own, leaves open what Hedra did.
         ambiguous=not (isinstance(body, dict) and 400 <= status < 500) or status in (408, 409),
         # A 5xx is worth another try whatever it says of itself: the document's own example of a
@@ -789,9 +761,98 @@ def parse_error(status: int, headers: Mapping[str, str], text: str, where: str) 
     )
 
 
+def reserved_id(key: str, take: str) -> str:
+    """The id that a take of a clip is submitted under: it follows from the clip, so that even a
+    lost ledger finds the generation."""
+    import uuid
+
+    return str(uuid.UUID(hex=digest_of(key, take), version=5))
+
+
+# What a clip needs, as Studio.judge finds.
+NEW, DOUBT, FLIGHT, FETCH = "new", "in doubt", "in flight", "done, to be fetched"
+REFUSED, DONE, BAD = "refused", "done", "bad"
+OPEN = (NEW, DOUBT)  # may still have to be paid
+
+
+class Clip:
+    """A video, or the speech of one, that is to be made, and all that is known of it from the plan
+    to the report; both APIs put it into their words. A video has a recording in `audio`, or a
+    `speech`, which is a clip of its own whose prompt is the text."""
+
+    kind, prompt, voice, resolution, aspect_ratio = VIDEO, "", "", "540p", "9:16"
+    audio = image = Path()
+    speech: Clip | None = None
+    settings: Mapping[str, Any] = {}
+    portrait = recording = Media()
+    model = Model("")
+    state = NEW
+    key = other_key = found = ""  # by which the ledger has it; the id that Hedra has it under
+    reserved = ""  # what its take is submitted as: generation id (v2) or idempotency key (v3)
+    price: float | None = None
+    billed: float | None = None
+    error: Exception | None = None
+    paid, is_doubtful, warning, spent_s = False, False, "", 0.0
+
+    def __init__(self, name: str, target: Path, **wishes: Any) -> None:
+        self.name, self.target, self.effort = name, target, dict[str, float]()
+        self.record = Record(Path())  # of its take
+        self.__dict__.update(wishes)
+
+    def take_up(self, record: Record) -> None:
+        """Make this take the clip's."""
+        self.record, self.reserved = record, reserved_id(self.key, record.text("take"))
+
+    @property
+    def generation_id(self) -> str:
+        """What Hedra calls it, "" before it does."""
+        return self.record.text("generation_id")
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it will be, None where nobody knows; see `is_estimate`."""
+        if (asked := Reply(self.settings).number("duration_ms")) is not None:
+            return asked / 1000
+        spoken = (self.speech or self).prompt
+        return len(spoken) / CHARS_PER_S if self.is_estimate else self.recording.seconds
+
+    @property
+    def is_estimate(self) -> bool:
+        """Whether its length, and so its price, is known only when its speech is there."""
+        unheard = bool(self.speech) and not self.recording.size_bytes
+        return self.kind == SPEECH or (unheard and "duration_ms" not in self.settings)
+
+    @property
+    def parts(self) -> list[Clip]:
+        """Its speech, if it has one, and itself."""
+        return [self.speech, self] if self.speech else [self]
+
+    @property
+    def due(self) -> float | None:
+        """What is still to be paid by its quote: 0 where it is paid, None where nobody knows."""
+        open_parts = [part for part in self.parts if part.state in OPEN]
+        return total(part.price for part in open_parts) if self.state in OPEN else 0.0
+
+    def bill(self) -> tuple[bool, float | None, float | None]:
+        """Whether this very run paid for it, what was quoted, and what Hedra has billed."""
+        if paid := [part for part in self.parts if part.paid]:
+            return True, total(part.price for part in paid), total(part.billed for part in paid)
+        record = Reply({}) if self.error else self.record
+        return False, record.number("price"), record.number("billed", "cost")
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add to the seconds spent on `what`."""
+        before, name = time.monotonic(), f"{what}_s"
+        try:
+            yield
+        finally:
+            spent_s = self.effort.get(name, 0.0) + time.monotonic() - before
+            self.effort[name] = round(spent_s, 3)
+
+
 # ---- retry: retry, backoff_s --------------------------------------------------------------------
 
-P = ParamSpec("P")
 Sleep = Callable[[float], object]
 Advance = Callable[[int], object]  # told of bytes that have moved
 Headers = Mapping[str, str]
@@ -840,12 +901,18 @@ def retry(
 
 # ---- transport: Pace, Transport, iter_polls -----------------------------------------------------
 
+# What holds for the work of one thread: until when (time.monotonic), and its effort.
+DEADLINE: ContextVar[float] = ContextVar("deadline", default=math.inf)
+EFFORT: ContextVar[dict[str, float]] = ContextVar("effort", default={})  # noqa: B039
+
+
 class Pace:
     """When requests may go out: none in the pause of a refusal, then with a gap that shrinks."""
 
+    gap_s, next_at, words = 0.0, -math.inf, ""  # `words` of the last refusal
+
     def __init__(self) -> None:
-        self.lock, self.gap_s, self.next_at = threading.Lock(), 0.0, -math.inf
-        self.words = ""  # of the last refusal
+        self.lock = threading.Lock()
 
     def turn(self) -> float:
         """Seconds to wait until a request may go out; its place in the queue is taken."""
@@ -853,29 +920,18 @@ class Pace:
             now = time.monotonic()
             at = max(now, self.next_at)
             self.next_at = at + self.gap_s
+            self.gap_s = self.gap_s * 0.98 if self.gap_s > 0.01 else 0.0
             return at - now
 
-    def accepted(self) -> None:
-        """A request was not refused: a little faster from now on."""
-        with self.lock:
-            self.gap_s = self.gap_s * 0.98 if self.gap_s > 0.01 else 0.0
-
-    def refused(self, after: float | None) -> None:
+    def refused(self, error: ApiError) -> None:
         """Too fast: a pause for all, and twice the gap from then on."""
         with self.lock:
-            now = time.monotonic()
+            self.words, now = error.words or self.words, time.monotonic()
             if now < self.next_at - self.gap_s:
                 return  # the echo of a burst that was answered for
             self.gap_s = min(5.0, max(0.1, 2 * self.gap_s))
-            pause_s = 8 * self.gap_s if after is None else after
+            pause_s = 8 * self.gap_s if error.retry_after is None else error.retry_after
             self.next_at = now + pause_s + backoff_s(0, self.gap_s)
-
-
-class Context(threading.local):
-    """What holds for the work of one thread: until when (time.monotonic), and its effort."""
-
-    def __init__(self) -> None:
-        self.deadline, self.effort = math.inf, dict[str, float]()
 
 
 @contextlib.contextmanager
@@ -922,23 +978,31 @@ def bounded(pools: Any) -> Any:
     return type("Pool", (pools,), {"ConnectionCls": Bounded})
 
 
+def end(response: urllib3.BaseHTTPResponse) -> None:
+    """Give a connection back: of a body that was read to its end it is free already."""
+    response.close()
+    response.release_conn()
+
+
 class Transport:
     """One account's way to Hedra, safe for threads; every fault comes out as an ApiError."""
+
+    waiting = ended = 0  # generations whose end is, or was, waited for
 
     def __init__(
         self, account: Account, *, connections: int = 4, stop: threading.Event | None = None
     ) -> None:
         self.account, self.connections, self.pools = account, connections, dict[str, Any]()
-        self.pace, self.here, self.stop = Pace(), Context(), stop or threading.Event()
-        self.waiting = 0  # clips whose end is being waited for
+        self.pace, self.stop = Pace(), stop or threading.Event()
+        self.changed = threading.Condition()  # for `waiting` and `ended`
 
     def left_s(self) -> float:
         """Seconds until this thread's deadline."""
-        return self.here.deadline - time.monotonic()
+        return DEADLINE.get() - time.monotonic()
 
     def longest_s(self) -> float:
         """The longest wait that Hedra may ask for."""
-        return min(self.left_s(), 1e6) if self.here.deadline < math.inf else LONGEST_RETRY_AFTER_S
+        return min(self.left_s(), 1e6) if DEADLINE.get() < math.inf else LONGEST_RETRY_AFTER_S
 
     def sleep(self, seconds: float) -> None:
         """Wait, but not beyond the deadline; raises Stopped where the program ends meanwhile."""
@@ -950,30 +1014,31 @@ class Transport:
     @contextlib.contextmanager
     def until(self, deadline: float, effort: dict[str, float] | None = None) -> Iterator[None]:
         """Hold this thread's requests and waits to a deadline (time.monotonic)."""
-        here, before, old = self.here, self.here.deadline, self.here.effort
-        here.deadline, here.effort = min(before, deadline), old if effort is None else effort
+        before, old = DEADLINE.get(), EFFORT.get()
+        DEADLINE.set(min(before, deadline))
+        EFFORT.set(old if effort is None else effort)
         try:
             yield
         finally:  # a deadline that was put off while waiting for a place stays so
-            here.deadline, here.effort = max(before, here.deadline), old
+            DEADLINE.set(max(before, DEADLINE.get()))
+            EFFORT.set(old)
+
+    def await_end(self, ended: int, seconds: float) -> None:
+        """Until more generations than `ended` have ended, so many seconds at most."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.ended != ended, seconds)
 
     def together(self, first: Callable[[], T], second: Callable[[], T]) -> tuple[T, T]:
         """Make two calls at once, both held to this thread's deadline."""
         from concurrent.futures import ThreadPoolExecutor
 
-        here = self.here.deadline, self.here.effort
-
-        def call() -> T:
-            with self.until(*here):
-                return second()
-
         with ThreadPoolExecutor(1) as pool:
-            other = pool.submit(call)
+            other = pool.submit(copy_context().run, second)
             return first(), other.result()
 
     def count(self, what: str, number: int = 1) -> None:
         """Add to this thread's effort."""
-        self.here.effort[what] = self.here.effort.get(what, 0) + number
+        EFFORT.get()[what] = EFFORT.get().get(what, 0) + number
 
     def pool(self, url: str) -> tuple[Any, str]:
         """The connection pool to an address, and the proxy that the environment names for it, ""
@@ -990,12 +1055,11 @@ class Transport:
             raise InputError(f"the proxy {scheme}://{printable(host)} is none of http or https")
         proxy = f"{scheme or 'http'}://{host}" if host else ""
         if proxy not in self.pools:
-            options = {"maxsize": self.connections, "block": True, "retries": False}
+            pool = urllib3.PoolManager
             if proxy:
                 secret = urllib3.make_headers(proxy_basic_auth=unquote(login)) if login else {}
-                pool = urllib3.ProxyManager(proxy, proxy_headers=secret, **options)
-            else:
-                pool = urllib3.PoolManager(**options)
+                pool = functools.partial(urllib3.ProxyManager, proxy, proxy_headers=secret)
+            pool = pool(maxsize=self.connections, block=True, retries=False)
             kinds = pool.pool_classes_by_scheme.items()
             pool.pool_classes_by_scheme = {scheme: bounded(pools) for scheme, pools in kinds}
             self.pools[proxy] = pool
@@ -1027,25 +1091,20 @@ class Transport:
         """One request to the API, with the key; raises ApiError for any answer but 2xx."""
         key, where = self.account.key, f"{method} {path}".split("?")[0]
         mine = {"Authorization": f"Bearer {key}"} if ":" in key else {"X-API-Key": key}
-        if (wait_s := self.pace.turn()) > 0:
-            if wait_s > self.longest_s():
-                text = f"{where} has to wait {wait_s:.0f} s, and the time ends before"
-                text = f"{text}: {self.pace.words}; {LATER}"
-                raise RateLimited(text, retryable=True, retry_after=wait_s)
+        if (wait_s := self.pace.turn()) > self.longest_s():
+            text = f"{where} has to wait {wait_s:.0f} s, and the time ends before"
+            text = f"{text}: {self.pace.words}; {LATER}"
+            raise RateLimited(text, retryable=True, retry_after=wait_s)
+        if wait_s > 0:
             self.sleep(wait_s)
         headers = {"Accept": "application/json", **mine, **headers}
         response = self.send(method, self.account.base_url + path, headers, body, silence_s)
-        if response.status != 429:
-            self.pace.accepted()
         if 200 <= response.status < 300:
             return response
         text = ""
         with contextlib.suppress(ApiError):  # a body that is cut takes nothing from the status
             text = self.text(response, where)
-        error = parse_error(response.status, response.headers, text, where)
-        if response.status in (401, 403, 404) and (note := self.account.mismatch):
-            error.add(note)
-        raise error
+        raise parse_error(response.status, response.headers, text, where)
 
     def blocks(self, response: urllib3.BaseHTTPResponse, where: str) -> Iterator[bytes]:
         """The body of an answer as it arrives; the connection goes back to the pool at its end."""
@@ -1084,25 +1143,21 @@ class Transport:
             raise ApiError(text, retryable=True, ambiguous=True) from None
         return Reply({"rows": value} if isinstance(value, list) else value, where)
 
-    def repeat(self, attempt: Callable[[], T]) -> T:
-        """Repeat a harmless request: a few times after faults, patiently while refused for rate."""
-        again = functools.partial(
-            retry, max_retry_after=math.inf, sleep=self.sleep, on_retry=self.give_way
-        )
-        return again(ApiError, TRIES, 1)(again(RateLimited, PATIENCE, 0)(attempt))()
-
-    def before_retry(self, error: HedraError, wait_s: float) -> None:
-        """Raise an error again where there is no time for another try."""
+    def before_retry(self, error: HedraError, wait_s: float = 0.0) -> None:
+        """Raise an error again where there is no time for another try; after a refusal for rate
+        there is a pause for all."""
         if max(wait_s, error.retry_after or 0.0) >= self.longest_s():
             raise error
         self.count("retries")
-
-    def give_way(self, error: ApiError, wait_s: float = 0.0) -> None:
-        """The same, and after a refusal for rate a pause for all."""
-        self.before_retry(error, wait_s)
         if isinstance(error, RateLimited):
-            self.pace.words = error.words or self.pace.words
-            self.pace.refused(error.retry_after)
+            self.pace.refused(error)
+
+    def repeat(self, attempt: Callable[[], T]) -> T:
+        """Repeat a harmless request: a few times after faults, patiently while refused for rate."""
+        again = functools.partial(
+            retry, max_retry_after=math.inf, sleep=self.sleep, on_retry=self.before_retry
+        )
+        return again(ApiError, TRIES, 1)(again(RateLimited, PATIENCE, 0)(attempt))()
 
     def call(self, method: str, path: str, body: Any = None) -> Reply:
         """An API request that may be repeated without harm."""
@@ -1110,18 +1165,13 @@ class Transport:
 
     def upload(self, path: str, file: Path, advance: Advance) -> Reply:
         """Send a file as the multipart field `file`, streamed and with an exact length."""
-        name, sent = printable(file), 0
-        try:
-            stream = open_regular(file)
-        except OSError as error:
-            raise InputError(f"{name} cannot be read: {error.strerror}") from error
-        with stream:
-            size = os.fstat(stream.fileno()).st_size
+        with open_regular(file) as stream:
+            size, sent = os.fstat(stream.fileno()).st_size, 0
             kind = sniff(stream.read(16), "") or "application/octet-stream"
-            mark, ending = f"hedra-avatar-{os.urandom(12).hex()}", kind.rpartition("/")[2]
             # The name in it is ours: a file's own may break a header.
-            named = f'Content-Disposition: form-data; name="file"; filename="file.{ending}"'
-            opening = f"--{mark}\r\n{named}\r\nContent-Type: {kind}\r\n\r\n"
+            named = f'form-data; name="file"; filename="file.{kind.rpartition("/")[2]}"'
+            mark = f"hedra-avatar-{os.urandom(12).hex()}"
+            opening = f"--{mark}\r\nContent-Disposition: {named}\r\nContent-Type: {kind}\r\n\r\n"
             closing, kind = f"\r\n--{mark}--\r\n", f"multipart/form-data; boundary={mark}"
             length = len(opening) + size + len(closing)
             headers = {"Content-Type": kind, "Content-Length": str(length)}
@@ -1136,10 +1186,9 @@ class Transport:
                     sent += len(block)
                     self.count("bytes_up", len(block))
                     advance(len(block))
-                    if self.left_s() <= 0 or self.stop.is_set():
-                        raise StillRunning(f"{name}: not all was sent in the time given; {LATER}")
+                    self.sleep(0.0)  # raises where the time is over
                 if sent < size:
-                    raise InputError(f"{name} shrank while it was sent; run it again")
+                    raise InputError(f"{printable(file)} shrank while it was sent; run it again")
                 yield closing.encode()
 
             return self.repeat(lambda: self.api("POST", path, body(), headers))
@@ -1147,24 +1196,17 @@ class Transport:
     def fetch(self, url: str, headers: Headers) -> urllib3.BaseHTTPResponse:
         """GET a file from another host: without the key, and only over an encrypted line."""
         for _ in range(5):
-            plain = {"Accept-Encoding": "identity", **headers}
             try:
                 url = clean_url(url)
             except InputError as error:  # a fresh address may be another
                 raise ApiError(f"{error}; {LATER}", retryable=True, code="ADDRESS") from None
-            response = self.send("GET", url, plain)
+            response = self.send("GET", url, {"Accept-Encoding": "identity", **headers})
             target = response.headers.get("Location")
             if response.status not in (301, 302, 303, 307, 308) or not target:
                 return response
             end(response)
             url = urljoin(url, target)
         raise ApiError("the address of the result redirects in a circle", retryable=True)
-
-
-def end(response: urllib3.BaseHTTPResponse) -> None:
-    """Give a connection back: of a body that was read to its end it is free already."""
-    response.close()
-    response.release_conn()
 
 
 def iter_polls(api: Api, name: str, interval_s: float, grace_s: float) -> Iterator[Status]:
@@ -1181,7 +1223,7 @@ def iter_polls(api: Api, name: str, interval_s: float, grace_s: float) -> Iterat
             failures += not isinstance(error, RateLimited)
             if not (early or (error.retryable and failures < POLL_FAILURES)):
                 raise
-            http.give_way(error)
+            http.before_retry(error)
             pause_s = max(error.retry_after or 0.0, backoff_s(failures, 0.5, cap=10.0))
         else:
             failures = 0
@@ -1223,12 +1265,12 @@ class WebApi:
             if error.status != 409:  # it has the bytes from a try whose answer was lost
                 raise
 
-    def upload(self, file: Path, kind: Kind, advance: Advance) -> Asset:
-        """Hand a file to Hedra; what a submit names it by."""
+    def upload(self, file: Path, kind: Kind, advance: Advance) -> tuple[str, float]:
+        """Hand a file to Hedra; what a submit names it by, and when that lapses (by the epoch)."""
         name = file.name.encode("utf-8", "replace").decode()[:255]
         asset_id = self.create_asset(name, kind)
         self.upload_asset(asset_id, file, advance)
-        return Asset(asset_id)
+        return asset_id, 1e10
 
     def canonical(self, asked: str) -> str:
         """The name that a model goes by in a clip's key."""
@@ -1241,57 +1283,58 @@ class WebApi:
         rows = reply.must(reply.rows, "rows")
         if kind == SPEECH and not asked:
             spoken = [row for row in rows if row.text("type") == "text_to_speech"]
-            return Model("", price=parse_model(spoken[0]).price if spoken else None)
+            return Model("", row=spoken[0] if spoken else Reply({}))
         if model := choose_model(rows, asked):
             return model
         if asked:  # the catalogue does not list all that works: the submit has the last word
             return Model(asked, "" if UUID_SHAPE.fullmatch(asked) else asked)
-        names = [parse_model(row) for row in rows if takes_portrait_and_audio(row)]
-        listed = ", ".join(f"{m.slug or m.id} ({m.name})" for m in names) or "none at all"
+        films = [row for row in rows if (row.text("type") or "video") == "video"]
+        names = ", ".join(row.text("slug", "id") for row in films) or "none"
         text = "this account has no Character 3 model; set HEDRA_MODEL_ID (or give --model) to one"
-        raise HedraError(f"{text} that takes a portrait and audio: {listed}")
+        raise HedraError(f"{text} that takes a portrait and audio, of: {names}")
 
-    def body(self, order: Order) -> dict[str, Any]:
-        """An order in the words of this API."""
-        if order.kind == SPEECH:
-            body: dict[str, Any] = {"voice_id": order.voice, "text": order.prompt}
+    def body(self, clip: Clip) -> dict[str, Any]:
+        """A clip in the words of this API."""
+        if clip.kind == SPEECH:
+            body: dict[str, Any] = {"voice_id": clip.voice, "text": clip.prompt}
             body["type"] = "text_to_speech"
         else:  # no duration_ms, unless it was asked for: it follows the audio, and is billed so
-            shape = {"resolution": order.resolution, "aspect_ratio": order.aspect_ratio}
-            wishes = {"text_prompt": order.prompt, **shape, **order.settings}
-            files = {"start_keyframe_id": order.image, "audio_id": order.audio}
-            body = {"type": "video", **files, "generated_video_inputs": wishes}
-        name, of_id = order.model.id, "model_id" if order.kind == SPEECH else "ai_model_id"
-        if order.model.slug or not UUID_SHAPE.fullmatch(name):
-            name, of_id = order.model.slug or name, "model_slug"
-        named = {of_id: name, "generation_id": order.reserved}
-        named = {field: value for field, value in named.items() if value}
-        return {**body, **self.mine, **named}
+            image, audio = clip.record.text("image"), clip.record.text("audio")
+            shape = {"resolution": clip.resolution, "aspect_ratio": clip.aspect_ratio}
+            wishes = {"text_prompt": clip.prompt, **shape, **clip.settings}
+            body = {"type": "video", "start_keyframe_id": image, "audio_id": audio}
+            body["generated_video_inputs"] = wishes
+        name, of_id = clip.model.id, "model_id" if clip.kind == SPEECH else "ai_model_id"
+        if clip.model.slug or not UUID_SHAPE.fullmatch(name):
+            name, of_id = clip.model.slug or name, "model_slug"
+        named = {of_id: name, "generation_id": clip.reserved}
+        return {**body, **self.mine, **{field: value for field, value in named.items() if value}}
 
-    def submit(self, order: Order) -> str:
+    def submit(self, clip: Clip) -> str:
         """Start, and pay for, a generation; its id. One request, never repeated here."""
-        reply = self.http.api("POST", "/generations", self.body(order))
+        reply = self.http.api("POST", "/generations", self.body(clip))
         return reply.must(reply.text, "id")
 
     def look(self, generation_id: str) -> Status:
         """One look at a generation."""
         return parse_status(self.http.api("GET", f"/generations/{in_path(generation_id)}/status"))
 
-    def find(self, order: Order, since: float) -> str:
-        """The id of the generation that was submitted (at `since`, by the epoch) as `reserved` or,
-        as a server may have ignored that, of the order's own recording or text; "" for none."""
+    def find(self, clip: Clip) -> str:
+        """The id of the generation that was submitted as `reserved` or, as a server may have
+        ignored that, of the take's own recording or text; "" for none."""
         try:
-            self.http.repeat(lambda: self.look(order.reserved))
-            return order.reserved
+            self.http.repeat(lambda: self.look(clip.reserved))
+            return clip.reserved
         except ApiError as error:
             if error.status != 404 or error.ambiguous:
                 raise
-        speech, day_before = order.kind == SPEECH, time.gmtime(min(max(0.0, since - 86400), 4e9))
+        speech, since = clip.kind == SPEECH, clip.record.number("submitted_at") or 0.0
+        day_before = time.gmtime(min(max(0.0, since - 86400), 4e9))
         query = {"created_after": time.strftime("%Y-%m-%dT%H:%M:%SZ", day_before)}
         for row in self.iter_rows(type="text_to_speech" if speech else "video", **query):
             made = row.part("input")
-            said = made.text("text") == order.prompt and made.text("voice_id") == order.voice
-            if said if speech else order.audio in made.texts("audio_id"):
+            said = made.text("text") == clip.prompt and made.text("voice_id") == clip.voice
+            if said if speech else clip.record.text("audio") in made.texts("audio_id"):
                 return row.text("id")
         return ""
 
@@ -1331,12 +1374,10 @@ class WebApi:
                 return status._replace(url=row.part("asset").text("download_url", "url"))
         return status
 
-    def price(self, order: Order, seconds: float | None) -> float | None:
+    def price(self, clip: Clip) -> float | None:
         """Credits by the catalogue, None where it does not tell. [Bills have run 17 % over it.]"""
-        if seconds is None:
-            return None
-        known = Reply(order.model.price)
-        return parse_price(known, seconds, order.resolution, len(order.prompt))
+        seconds = math.nan if clip.seconds is None else clip.seconds
+        return parse_price(clip.model.row, seconds, clip.resolution, len(clip.prompt))
 
     def balance(self) -> Balance:
         """What is left, of the workspace where one is set."""
@@ -1353,8 +1394,8 @@ class WebApi:
         reply, voices = self.http.call("GET", "/voices"), list[Voice]()
         for row in reply.must(reply.rows, "rows"):
             asset = row.part("asset")
-            pairs = [(pair.text("name"), pair) for pair in asset.rows("labels") or ()]
-            labels = {name: pair.text("value") for name, pair in pairs if name}
+            pairs = [(pair.text("name"), pair.text("value")) for pair in asset.rows("labels") or ()]
+            labels = {name: value for name, value in pairs if name}
             named = row.must(row.text, "id"), row.text("name")
             voices.append(Voice(*named, labels, asset.text("preview_url")))
         return voices
@@ -1366,17 +1407,9 @@ FIRST_FRAME_S = 10.0  # a stream silent from its start is being buffered by some
 QUOTES = 20  # durations that are asked for, before prices are interpolated
 
 
-class Event(NamedTuple):
-    """A frame of a stream."""
-
-    name: str
-    data: str
-    id: str
-
-
-def iter_events(blocks: Iterable[bytes]) -> Iterator[Event]:
-    """Server-sent events from a body in arbitrary pieces (WHATWG HTML, 9.2.6). A frame is complete
-    at its blank line; one that was cut is dropped, and one longer than EVENT_BYTES is the end."""
+def iter_events(blocks: Iterable[bytes]) -> Iterator[tuple[str, str, str]]:
+    """Server-sent events (name, data, id) from a body in arbitrary pieces (WHATWG HTML, 9.2.6). One
+    that is cut before its blank line is dropped, one longer than EVENT_BYTES is the end."""
     buffer, size, last_id, frame = b"", 0, "", dict[str, list[str]]()
     for block in blocks:
         *lines, buffer = re.split(rb"\r\n|\n|\r(?!$)", buffer + block)
@@ -1389,7 +1422,7 @@ def iter_events(blocks: Iterable[bytes]) -> Iterator[Event]:
             last_id = frame.get("id", [last_id])[-1]
             name, data = frame.get("event", [""])[-1], frame.get("data", [])
             if name or data:
-                yield Event(name or "message", "\n".join(data), last_id)
+                yield name or "message", "\n".join(data), last_id
             frame, size = {}, 0
         if size + len(buffer) > EVENT_BYTES:
             return
@@ -1411,20 +1444,18 @@ class JobsApi:
         self.http, self.key_in_body = http, True
         self.quoted: dict[str, dict[float, float]] = {}
 
-    def create_asset(self, name: str, kind: Kind) -> str:
+    def create_asset(self, *args: object) -> NoReturn:
         """The jobs API has no such step; always raises InputError."""
         text = "create_asset and upload_asset are of the web API (v2), and this key of the jobs API"
         raise InputError(f"{text} (v3): call upload(file, kind, api_key), which serves both")
 
-    def upload_asset(self, asset_id: str, file: Path, advance: Advance) -> None:
-        """The jobs API has no such step; always raises InputError."""
-        self.create_asset("", "image")
+    upload_asset = create_asset
 
-    def upload(self, file: Path, kind: Kind, advance: Advance) -> Asset:
-        """Hand a file to Hedra; its handle, which lapses after an hour."""
+    def upload(self, file: Path, kind: Kind, advance: Advance) -> tuple[str, float]:
+        """Hand a file to Hedra; its handle, and when that lapses: an hour later."""
         reply = self.http.upload("/files", file, advance)
         lapses = parse_time(reply.text("expires_at")) or time.time() + 3600
-        return Asset(reply.must(reply.text, "url"), lapses)
+        return reply.must(reply.text, "url"), lapses
 
     def canonical(self, asked: str) -> str:
         """The name that a model goes by in a clip's key. A v2 slug ends in the v3 id."""
@@ -1438,35 +1469,35 @@ class JobsApi:
             return Model(name, name, name)
         return Model(name, name, name, RESOLUTIONS, ASPECT_RATIOS, MAX_SECONDS)
 
-    def body(self, order: Order) -> dict[str, Any]:
-        """An order in the words of this API, without its files."""
-        if order.kind == SPEECH:
-            return {"text": order.prompt, "voice_id": order.voice}
-        shape = {"aspect_ratio": order.aspect_ratio, "resolution": order.resolution}
-        return {"prompt": order.prompt, **shape, **order.settings}
+    def body(self, clip: Clip) -> dict[str, Any]:
+        """A clip in the words of this API, without its files."""
+        if clip.kind == SPEECH:
+            return {"text": clip.prompt, "voice_id": clip.voice}
+        shape = {"aspect_ratio": clip.aspect_ratio, "resolution": clip.resolution}
+        return {"prompt": clip.prompt, **shape, **clip.settings}
 
-    def submit(self, order: Order) -> str:
+    def submit(self, clip: Clip) -> str:
         """Start, and pay for, a job; its id. The same `reserved` replays the first answer: Hedra's
         newest SDK (7.0.0, spec 3.20) has it as a header, documents to 3.17 in the body."""
-        names = {"start_image": order.image, "audio": order.audio} if order.image else {}
-        files = {name: {"source": "url", "url": url} for name, url in names.items()}
-        key = {"idempotency_key": order.reserved} if order.reserved and self.key_in_body else {}
-        body = {"input": {**self.body(order), **files}, **key}
-        headers = {"Idempotency-Key": order.reserved} if order.reserved else {}
+        names = {"start_image": "image", "audio": "audio"} if clip.kind == VIDEO else {}
+        refs = {name: {"source": "url", "url": clip.record.text(of)} for name, of in names.items()}
+        key = {"idempotency_key": clip.reserved} if clip.reserved and self.key_in_body else {}
+        body = {"input": {**self.body(clip), **refs}, **key}
+        headers = {"Idempotency-Key": clip.reserved} if clip.reserved else {}
         try:
-            reply = self.http.api("POST", f"/models/{in_path(order.model.id)}", body, headers)
+            reply = self.http.api("POST", f"/models/{in_path(clip.model.id)}", body, headers)
         except ApiError as error:
             if not key or error.status != 400 or not error.__dict__.get("names_key"):
                 raise
             self.key_in_body = False
-            return self.submit(order)
+            return self.submit(clip)
         return reply.must(reply.text, "job_id")
 
     def look(self, job_id: str) -> Status:
         """One look at a job."""
         return parse_status(self.http.api("GET", f"/jobs/{in_path(job_id)}/status"))
 
-    def find(self, order: Order, since: float) -> str:
+    def find(self, clip: Clip) -> str:
         """Nothing to look for: a repeated submit is safe, and no list tells a job by its key."""
         return ""
 
@@ -1480,10 +1511,10 @@ class JobsApi:
         with contextlib.suppress(ApiError, ValueError):
             while status.state not in ENDED and last_id != before:
                 before = last_id
-                for event in iter_events(self.iter_stream(job_id, last_id)):
-                    last_id = event.id or last_id
-                    if event.name == "status":
-                        status = parse_status(Reply(read_json(event.data), "its stream"))
+                for name, data, event_id in iter_events(self.iter_stream(job_id, last_id)):
+                    last_id = event_id or last_id
+                    if name == "status":
+                        status = parse_status(Reply(read_json(data), "its stream"))
                         if status.state in ENDED:
                             break
                         yield status
@@ -1524,26 +1555,25 @@ class JobsApi:
             status = status._replace(state=FAILED, failure=failure, transient=transient)
         return status._replace(url=output.text("url"))
 
-    def price(self, order: Order, seconds: float | None) -> float | None:
+    def price(self, clip: Clip) -> float | None:
         """Dollars, None where Hedra does not tell before it has the files. After QUOTES durations
         others are interpolated: a folder would use up the minute's requests."""
-        if (at := seconds) is None:
+        if (at := clip.seconds) is None:
             return None
-        length = {"duration_ms": round(at * 1000)} if order.kind == VIDEO else {}
-        wishes = {**length, **self.body(order)}
+        wishes = {"duration_ms": round(at * 1000)} if clip.kind == VIDEO else {}
+        wishes |= self.body(clip)
         alike = {**wishes, "duration_ms": 0, "prompt": ""}
-        known = self.quoted.setdefault(json.dumps([order.model.id, alike]), {})
+        known = self.quoted.setdefault(json.dumps([clip.model.id, alike]), {})
         below, above = [x for x in known if x <= at], [x for x in known if x >= at]
         if below and above and (at in known or len(known) >= QUOTES):
             low, high = max(below), min(above)
             share = (at - low) / (high - low or 1.0)
-            price = round(known[low] + share * (known[high] - known[low]), 4)
-        else:
-            path = f"/models/{in_path(order.model.id)}/estimate"
-            reply = self.http.call("POST", path, {"input": wishes})
-            price = reply.must(reply.number, "cost")
+            return round(known[low] + share * (known[high] - known[low]), 4)
+        path = f"/models/{in_path(clip.model.id)}/estimate"
+        reply = self.http.call("POST", path, {"input": wishes})
+        price = reply.must(reply.number, "cost")
         known |= {at: price} if price >= 0 else {}
-        return price if price >= 0 else None
+        return price
 
     def balance(self) -> Balance:
         """What is left in the wallet, in US dollars."""
@@ -1557,10 +1587,10 @@ class JobsApi:
         while True:
             reply = self.http.call("GET", path + query)
             for row in reply.must(reply.rows, "data"):
-                labels = row.part("labels").values
-                labels = {name: value for name, value in labels.items() if isinstance(value, str)}
+                labels = row.part("labels")
+                texts = {name: labels.text(name) for name in labels.values if labels.text(name)}
                 named = row.must(row.text, "id"), row.text("name")
-                voices.append(Voice(*named, labels, row.text("preview_url")))
+                voices.append(Voice(*named, texts, row.text("preview_url")))
             if (cursor := reply.text("next_cursor")) in seen:
                 return voices
             seen.add(cursor)
@@ -1603,14 +1633,13 @@ def screen_size() -> os.terminal_size:
     return os.terminal_size((80, 24))
 
 
-class Line:
+class Line(NamedTuple):
     """What is shown of a clip at work; `share` is how far it is in its state, 0..1."""
 
-    state = note = ""
+    since: float
+    state: str = ""
+    note: str = ""
     share: float | None = None
-
-    def __init__(self) -> None:
-        self.since = time.monotonic()
 
 
 class View:
@@ -1623,10 +1652,18 @@ class View:
 
     def __init__(self, where: Literal["", "log", "terminal"] = "", verbose: int = 0) -> None:
         self.where, self.verbose, self.lock = where, verbose, threading.RLock()
-        self.lines, self.batch, self.closed = dict[str, Line](), Line(), threading.Event()
+        self.lines, self.closed, self.begun = dict[str, Line](), threading.Event(), time.monotonic()
         if where == "terminal":
             self.tqdm, self.trim = need("tqdm").tqdm, need("tqdm.utils").disp_trim
             threading.Thread(target=self.tick, daemon=True).start()
+
+    def over(self, stream: Any, text: str) -> bool:
+        """Write above the moving lines; whether that worked."""
+        with self.lock:
+            self.draw(erase=True)
+            done = written(stream, text)
+            self.draw()
+            return done
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -1639,23 +1676,14 @@ class View:
         self.results += 1
         self.deaf |= not self.over(sys.stdout, f"{text}\n")
 
-    def over(self, stream: Any, text: str) -> bool:
-        """Write above the moving lines; whether that worked."""
-        with self.lock:
-            self.draw(erase=True)
-            done = written(stream, text)
-            self.draw()
-            return done
-
     def state(
         self, clip: str, state: str, detail: str = "", note: str = "", share: float | None = None
     ) -> None:
         """A clip is in a state, or further in it; a `note`, such as its price, stays beside it."""
         with self.lock:
-            line = self.lines.setdefault(clip, Line())
-            changed, line.state = line.state != state, state
-            line.note, line.share = note or line.note, share
-            if changed and (self.where == "log" or self.verbose):
+            old = self.lines.get(clip) or Line(time.monotonic())
+            self.lines[clip] = Line(old.since, state, note or old.note, share)
+            if old.state != state and (self.where == "log" or self.verbose):
                 self.say(f"{clip}: {state}" + (f" ({detail})" if detail else ""))
             self.draw()
 
@@ -1663,26 +1691,14 @@ class View:
         """So many more bytes, of a `total` (0: nobody knows), of what the clip's state is about."""
         with self.lock:
             if total and (line := self.lines.get(clip)):
-                line.share = min(1.0, (line.share or 0.0) + count / total)
+                share = min(1.0, (line.share or 0.0) + count / total)
+                self.lines[clip] = line._replace(share=share)
 
     def leave(self, clip: str) -> None:
         """A clip is no longer at work."""
         with self.lock:
             self.lines.pop(clip, None)
             self.draw()
-
-    def expect(self, clips: int) -> None:
-        """A batch of so many clips begins."""
-        self.clips, self.batch = clips, Line()
-
-    def count(self, failed: bool | None = None, spent: str = "") -> None:
-        """A clip of the batch is over, or was paid for: what the batch has cost by now."""
-        with self.lock:
-            self.done, self.failed = self.done + (failed is not None), self.failed + bool(failed)
-            self.batch.state, self.spent = f"{self.done}/{self.clips} clips", spent or self.spent
-            failures = f"{self.failed} failed" * bool(self.failed)
-            self.batch.note = ", ".join(word for word in (self.spent, failures) if word)
-            self.batch.share = self.done / max(1, self.clips)
 
     def row(self, name: str, line: Line, columns: int) -> str:
         """A line with its clock and, where it is known how far it is, a bar; cut to the width."""
@@ -1699,9 +1715,14 @@ class View:
         """Draw the moving lines, as many as fit, or take them off the terminal."""
         if self.where != "terminal" or self.closed.is_set():
             return
-        (columns, room), overall = screen_size(), [("", self.batch)] * bool(self.clips)
-        lines = [*self.lines.items()][: max(1, room - 1 - len(overall))] + overall
-        rows = [self.row(*line, max(20, columns - 1)) for line in lines if not erase]
+        (columns, room), lines = screen_size(), [*self.lines.items()]
+        if self.clips:
+            failures = f"{self.failed} failed" * bool(self.failed)
+            note = ", ".join(word for word in (self.spent, failures) if word)
+            state, share = f"{self.done}/{self.clips} clips", self.done / self.clips
+            lines = [*lines[: max(1, room - 2)], ("", Line(self.begun, state, note, share))]
+        lines = [] if erase else lines[: max(1, room - 1)]
+        rows = [self.row(*line, max(20, columns - 1)) for line in lines]
         if rows or self.drawn:
             up = f"\r\x1b[{self.drawn}A" if self.drawn else ""
             written(sys.stderr, up + "".join(f"\x1b[2K{row}\n" for row in rows) + "\x1b[J")
@@ -1730,13 +1751,17 @@ def open_view(quiet: bool = False, verbose: int = 0) -> View:
 BUSY = "another process is at work on it"
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def publish(draft: Path, target: Path, *, sync: bool = True) -> None:
+    """Rename a finished file to its place; with `sync` a power cut spares it. Raises OSError."""
+    for path in (draft, target.parent):
+        if path == target.parent:
+            os.replace(draft, target)
+        if sync:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 class Record(Reply):
@@ -1757,12 +1782,7 @@ class Record(Reply):
             with draft.open("wb") as stream:
                 # In JSON such an escape stands for the bytes of a file name that are no UTF-8.
                 stream.write(text.encode("utf-8", "backslashreplace"))
-                stream.flush()
-                if sync:
-                    os.fsync(stream.fileno())
-            os.replace(draft, self.path)
-            if sync:
-                sync_folder(self.path.parent)
+            publish(draft, self.path, sync=sync)
         except OSError as error:
             with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
@@ -1785,7 +1805,7 @@ class Ledger:
     def __init__(self, folder: Path, sleep: Sleep, say: Callable[[str], object]) -> None:
         self.folder, self.sleep, self.say = Path(os.path.abspath(folder)), sleep, say
         self.home = str(self.folder.parent)
-        self.seen: dict[str, tuple[str, Media]] = {}
+        self.seen: dict[tuple[str, str], Media] = {}
 
     def load(self, kind: str, key: str, *, owned: bool = False) -> Record:
         """The record, empty if there is none. A damaged one is set aside by its owner, and what
@@ -1840,23 +1860,21 @@ class Ledger:
         name = os.path.abspath(file)
         if not os.path.exists(name):
             return inspect_file(file, kind)  # which says why
-        sign = signature(name)
-        if (seen := self.seen.get(name)) and seen[0] == sign:
-            return seen[1]
+        if media := self.seen.get((name, sign := signature(name))):
+            return media
         record = self.load("files", digest_of(name))
         media = Media(
             record.text("content_type"), int(record.number("size_bytes") or 0),
             record.number("seconds"), record.text("digest"),
         )
-        known = record.text("signature") == sign and media.digest and media.size_bytes
         timed = kind == "image" or media.seconds is not None
-        if known and timed and media.content_type.startswith(kind):
-            self.seen[name] = sign, media
-            return media
-        media = inspect_file(file, kind)._replace(digest=content_digest(file))
-        if sign != signature(name):
-            raise InputError(f"{printable(file)} changes while it is read; run it again later")
-        record.save(file=printable(name), signature=sign, **media._asdict())
+        known = record.text("signature") == sign and media.digest and media.size_bytes and timed
+        if not known or not media.content_type.startswith(kind):
+            media = inspect_file(file, kind)._replace(digest=content_digest(file))
+            if sign != signature(name):
+                raise InputError(f"{printable(file)} changes while it is read; run it again later")
+            record.save(file=printable(name), signature=sign, **media._asdict())
+        self.seen[name, sign] = media
         return media
 
     def place(self, file: Path) -> str:
@@ -1895,14 +1913,15 @@ class Ledger:
         return sorted((self.folder / kind).glob("*.json"))
 
 
-# ---- waiting and downloading: await_end, Part, download -----------------------------------------
+# ---- waiting and downloading: await_end, Download -----------------------------------------------
 
 def await_end(
     api: Api, generation_id: str, name: str, view: View, interval_s: float, grace_s: float
 ) -> Status:
     """Wait until a generation has ended; raises GenerationFailed or StillRunning."""
     status = Status(QUEUED)
-    api.http.waiting += 1  # without a lock, as it only steers how often is asked
+    with api.http.changed:
+        api.http.waiting += 1
     try:
         for status in api.iter_status(generation_id, interval_s, grace_s):
             view.state(name, status.state, share=status.progress)
@@ -1910,7 +1929,9 @@ def await_end(
         text = f"generation {generation_id} is still {status.state} and goes on at Hedra; {LATER}"
         raise StillRunning(text, generation_id=generation_id) from None
     finally:
-        api.http.waiting -= 1
+        with api.http.changed:
+            api.http.waiting, api.http.ended = api.http.waiting - 1, api.http.ended + 1
+            api.http.changed.notify_all()
     if status.state == FAILED:
         text = f"Hedra could not make it: {status.failure} [generation {generation_id}]"
         evidence = {"transient": status.transient, "cost": status.cost}
@@ -1918,29 +1939,53 @@ def await_end(
     return status
 
 
-def fresh_address(api: Api, generation_id: str, kind: str, interval_s: float) -> str:
-    """A new address of a finished result; Hedra may need a moment to have one."""
-    for _ in range(10):
-        if url := api.result(generation_id, kind).url:
-            return url
-        api.http.sleep(interval_s)
-    text = f"Hedra gives no address for the finished generation {generation_id}; {LATER}"
-    raise ApiError(text, retryable=True, generation_id=generation_id)
-
-
 def hidden(target: Path, of: str = "") -> Path:
     """A hidden file beside a target, with a name that is short however long the target's is."""
     return target.with_name(f".{digest_of(target.name, of)[:16]}.part")
 
 
-class Part(NamedTuple):
-    """The hidden file that one generation's result grows in, for the owner of the target alone;
-    the ETag that it began with is in `memo`, the record of its take."""
+class Download:
+    """Brings the result of a generation to `target`, whole and synced, or not at all. It grows in
+    a hidden file for the owner of the target alone; the ETag that it began with is in `memo`, the
+    record of its take."""
 
-    http: Transport
-    file: IO[bytes]
-    memo: Record
-    moved: Callable[[int, int], object]
+    def __init__(
+        self, api: Api, generation_id: str, target: Path, memo: Record, *, interval_s: float,
+        moved: Callable[[int, int], object], inspect: Callable[[Path], Media | None] = inspect_film,
+        kind: str = VIDEO,
+    ) -> None:
+        self.api, self.http, self.generation_id, self.kind = api, api.http, generation_id, kind
+        self.target, self.memo, self.interval_s = target, memo, interval_s
+        self.moved, self.inspect, self.path = moved, inspect, hidden(target, generation_id)
+
+    def run(self, url: str) -> Media:
+        """What came; takes up what was cut, asks for a fresh address where one has expired. Raises
+        ApiError after TRIES in a row that got no further, OSError on a full disk."""
+        failures, furthest = 0, 0
+        with self.path.open("ab") as self.file:
+            while True:
+                try:
+                    found = self.fetch(url or self.fresh_address())
+                    publish(self.path, self.target)
+                    return found
+                except ApiError as error:
+                    failures = 1 if self.file.tell() > furthest + PROGRESS_BYTES else failures + 1
+                    furthest = max(furthest, self.file.tell())
+                    if failures >= TRIES or not error.retryable:
+                        raise
+                    wait_s = error.retry_after or backoff_s(failures - 1, 1.0, cap=8.0)
+                    self.http.before_retry(error, wait_s)
+                    self.http.sleep(wait_s)
+                    url = "" if error.code == "ADDRESS" else url  # it was answered by another thing
+
+    def fresh_address(self) -> str:
+        """A new address of a finished result; Hedra may need a moment to have one."""
+        for _ in range(10):
+            if url := self.api.result(self.generation_id, self.kind).url:
+                return url
+            self.http.sleep(self.interval_s)
+        text = f"Hedra gives no address for the finished generation {self.generation_id}; {LATER}"
+        raise ApiError(text, retryable=True, generation_id=self.generation_id)
 
     def restart(self, etag: str = "") -> None:
         """Begin again from nothing, with a strong ETag or none."""
@@ -1956,10 +2001,9 @@ class Part(NamedTuple):
             length = headers.get("Content-Length", "")
             return int(length) if re.fullmatch(r"\d{1,15}", length) else 0
         if response.status not in (206, 416):  # this address may have expired, a fresh one not
-            text, after = "the address of the result answered", headers.get("Retry-After")
-            wait_s = parse_retry_after(after)
-            text = f"{text} {response.status}; the clip is paid for and not lost: {LATER}"
-            raise ApiError(text, retryable=True, retry_after=wait_s, code="ADDRESS")
+            text = f"the address of the result answered {response.status}; the clip is paid for"
+            wait_s = parse_retry_after(headers.get("Retry-After", ""))
+            raise ApiError(f"{text}; {LATER}", retryable=True, retry_after=wait_s, code="ADDRESS")
         shape = r"(\d{1,15})-\d+/(\d{1,15})" if response.status == 206 else r"\*/((\d{1,15}))"
         piece = re.fullmatch(f"bytes {shape}", headers.get("Content-Range", ""))
         if piece and int(piece[1]) == size > 0:
@@ -1983,7 +2027,7 @@ class Part(NamedTuple):
             if self.http.left_s() <= 0:
                 raise StillRunning(f"{size:,} bytes came in the time given and are kept; {LATER}")
 
-    def fetch(self, url: str, inspect: Callable[[Path], T | None]) -> T:
+    def fetch(self, url: str) -> Media:
         """One request for what is lacking; what `inspect` found in the whole. Raises ApiError."""
         if not (etag := self.memo.text("etag")):  # nothing would tell that the rest fits
             self.restart()
@@ -2000,40 +2044,11 @@ class Part(NamedTuple):
         if (size := self.file.tell()) < total:
             raise ApiError(f"the download was cut at {size:,} bytes; {LATER}", retryable=True)
         self.file.flush()
-        if size == (total or size) and (found := inspect(Path(self.file.name))) is not None:
+        if size == (total or size) and (found := self.inspect(self.path)):
             return found
         self.restart()
         text = f"what came are {size:,} bytes and not a whole file; it is paid for and not lost"
         raise ApiError(f"{text}: {LATER}", retryable=True, code="ADDRESS")
-
-
-def download(
-    api: Api, generation_id: str, url: str, target: Path, memo: Record, *, kind: str = VIDEO,
-    moved: Callable[[int, int], object], interval_s: float, inspect: Callable[[Path], T | None],
-) -> T:
-    """Bring a finished result to `target`, whole and synced, or not at all: takes up what was cut,
-    asks for a fresh address where one has expired. Raises ApiError after TRIES in a row that got
-    no further, OSError on a full disk."""
-    http, path, failures = api.http, hidden(target, generation_id), 0
-    with path.open("ab") as file:
-        part, furthest = Part(http, file, memo, moved), file.tell()
-        while True:
-            try:
-                url = url or fresh_address(api, generation_id, kind, interval_s)
-                found = part.fetch(url, inspect)
-                os.fsync(file.fileno())
-                os.replace(path, target)
-                sync_folder(target.parent)
-                return found
-            except ApiError as error:
-                failures = 1 if file.tell() > furthest + PROGRESS_BYTES else failures + 1
-                furthest = max(furthest, file.tell())
-                if failures >= TRIES or not error.retryable:
-                    raise
-                wait_s = error.retry_after or backoff_s(failures - 1, 1.0, cap=8.0)
-                http.before_retry(error, wait_s)
-                http.sleep(wait_s)
-                url = "" if error.code == "ADDRESS" else url  # it was answered with something else
 
 
 # ---- library, step by step: connect, create_asset, upload_asset, upload, get_default_model_id ---
@@ -2055,17 +2070,13 @@ def find_model(
         memo = Record(memo.path, read_json(memo.path.read_bytes()))
     name = " ".join(filter(None, (api.http.account.id, kind.replace(VIDEO, ""), asked)))
     row, at = memo.part(name).part("model"), memo.part(name).number("at") or -math.inf
-    if (known := row.text("id", "slug")) and time.time() - at < max_age_s:
-        return Model(
-            known, row.text("slug"), row.text("name"),
-            tuple(row.texts("resolutions")), tuple(row.texts("aspect_ratios")),
-            row.number("max_seconds"), row.part("price").values,
-        )
+    if row.text("id", "slug") and time.time() - at < max_age_s:
+        return parse_model(row)
     if known_only:
         return Model("")
     model = api.model(asked, kind)
-    if parse_price(Reply(model.price), 1.0, "540p") is not None:
-        memo.values[name] = {"at": int(time.time()), "model": model._asdict()}
+    if model.id and parse_price(model.row, 1.0, "540p") is not None:
+        memo.values[name] = {"at": int(time.time()), "model": model.row.values}
         memo.save()
     return model
 
@@ -2096,7 +2107,7 @@ def upload(file: Path, kind: Kind, api_key: str, *, environ: Environ = None) -> 
     """Hand a file to Hedra; the reference that start_generation takes, with either kind of key:
     an asset's id (v2), or a handle that lapses after an hour (v3). Raises ApiError, InputError."""
     inspect_file(Path(file), kind)
-    return connect(api_key, environ).upload(Path(file), kind, lambda count: None).ref
+    return connect(api_key, environ).upload(Path(file), kind, lambda count: None)[0]
 
 
 def get_default_model_id(api_key: str, *, environ: Environ = None) -> str:
@@ -2120,11 +2131,13 @@ def start_generation(
         raise InputError("the prompt is blank: say in a few words what the person does")
     name = model_id or get_default_model_id(api_key, environ=environ)
     known = find_model(api, name if api.replays else "", known_only=True)
-    model = known if api.replays or name in (known.id, known.slug) else Model(name)
-    return api.submit(Order(
-        VIDEO, prompt, model, generation_id, image_id, audio_id, resolution, aspect_ratio,
-        settings or {},
-    ))
+    clip = Clip(
+        "", Path(), prompt=prompt, resolution=resolution, aspect_ratio=aspect_ratio,
+        settings=settings or {}, reserved=generation_id,
+        model=known if api.replays or name in (known.id, known.slug) else Model(name),
+    )
+    clip.record.values |= {"image": image_id, "audio": audio_id}
+    return api.submit(clip)
 
 
 def wait_and_download(
@@ -2145,10 +2158,10 @@ def wait_and_download(
             target.parent.mkdir(parents=True, exist_ok=True)
             view.state(label, "downloading", printable(target))
             with ledger.own(f"target {os.path.abspath(target)}", lambda: None):
-                download(
-                    api, generation_id, status.url, target, memo, inspect=inspect_film,
-                    moved=functools.partial(view.move, label), interval_s=poll_interval,
-                )
+                Download(
+                    api, generation_id, target, memo, interval_s=poll_interval,
+                    moved=functools.partial(view.move, label),
+                ).run(status.url)
         memo.path.unlink(missing_ok=True)
     finally:
         view.close()
@@ -2170,168 +2183,30 @@ def get_voices(api_key: str, *, speech_model: str = "", environ: Environ = None)
     return connect(api_key, environ).voices(speech_model)
 
 
-# ---- making a clip: Clip, Places, Studio, make_video, make_speech -------------------------------
-
-# What a clip needs, as Studio.judge finds.
-NEW, DOUBT, FLIGHT, FETCH = "new", "in doubt", "in flight", "done, to be fetched"
-REFUSED, DONE, BAD = "refused", "done", "bad"
-OPEN = (NEW, DOUBT)  # may still have to be paid
-READY = 4  # clips that upload while others wait for a place among the generations in flight
-
-
-class Clip:
-    """A video, or the speech of one, that is to be made, and all that is known of it from the plan
-    to the report. A video has a recording in `audio`, or a `speech`, which is a clip of its own
-    whose prompt is the text."""
-
-    def __init__(
-        self, name: str, target: Path, *, prompt: str = "", kind: str = VIDEO,
-        audio: Path | None = None, image: Path | None = None, speech: Clip | None = None,
-        resolution: str = "540p", aspect_ratio: str = "9:16",
-        settings: Mapping[str, Any] | None = None, voice: str = "", error: Exception | None = None,
-    ) -> None:
-        self.name, self.target, self.kind, self.prompt = name, target, kind, prompt
-        self.audio, self.image, self.speech, self.voice = audio, image, speech, voice
-        self.resolution, self.aspect_ratio = resolution, aspect_ratio
-        self.settings: Mapping[str, Any] = settings or {}
-        self.portrait, self.recording, self.record = Media(), Media(), Record(Path())
-        self.key, self.other_key, self.found = "", "", ""
-        self.state, self.error = BAD if error else NEW, error
-        self.price: float | None = None
-        self.billed: float | None = None
-        self.paid, self.is_doubtful, self.warning, self.spent_s = False, False, "", 0.0
-        self.effort: dict[str, float] = {}
-
-    @property
-    def generation_id(self) -> str:
-        """What Hedra calls it, "" before it does."""
-        return self.record.text("generation_id")
-
-    @property
-    def seconds(self) -> float | None:
-        """How long it will be, None where nobody knows; see `is_estimate`."""
-        asked = Reply(self.settings).number("duration_ms")
-        if asked is None and self.is_estimate:
-            return len((self.speech or self).prompt) / CHARS_PER_S
-        return self.recording.seconds if asked is None else asked / 1000
-
-    @property
-    def is_estimate(self) -> bool:
-        """Whether its length, and so its price, is known only when its speech is there."""
-        unheard = bool(self.speech) and not self.recording.size_bytes
-        return self.kind == SPEECH or (unheard and "duration_ms" not in self.settings)
-
-    @property
-    def parts(self) -> list[Clip]:
-        """Its speech, if it has one, and itself."""
-        return [self.speech, self] if self.speech else [self]
-
-    @property
-    def due(self) -> float | None:
-        """What is still to be paid by its quote: 0 where it is paid, None where nobody knows."""
-        open_parts = [part for part in self.parts if part.state in OPEN]
-        return total(part.price for part in open_parts) if self.state in OPEN else 0.0
-
-    def bill(self) -> tuple[bool, float | None, float | None]:
-        """Whether this very run paid for it, what was quoted, and what Hedra has billed."""
-        paid = [part for part in self.parts if part.paid]
-        if paid:
-            return True, total(part.price for part in paid), total(part.billed for part in paid)
-        if self.error:
-            return False, None, None
-        return False, self.record.number("price"), self.record.number("billed", "cost")
-
-    @contextlib.contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Add to the seconds spent on `what`."""
-        before, name = time.monotonic(), f"{what}_s"
-        try:
-            yield
-        finally:
-            spent_s = self.effort.get(name, 0.0) + time.monotonic() - before
-            self.effort[name] = round(spent_s, 3)
-
-
-class Places:
-    """Who may submit: one clip at a time, so that who is refused keeps its turn, and is the first
-    to know when a generation in flight has ended; a few more are `ready`."""
-
-    def __init__(self) -> None:
-        self.turn, self.ready = threading.Lock(), threading.Semaphore(READY)
-        self.changed, self.running, self.ended = threading.Condition(), 0, 0
-
-    @contextlib.contextmanager
-    def work(self) -> Iterator[None]:
-        """While a generation is running."""
-        with self.changed:
-            self.running += 1
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.running, self.ended = self.running - 1, self.ended + 1
-                self.changed.notify_all()
-
-    def wait(self, ended: int, seconds: float) -> None:
-        """Until more generations than `ended` have ended, so many seconds at most."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.ended != ended, seconds)
-
-
-def reserved_id(key: str, take: str) -> str:
-    """The id that a take of a clip is submitted under: it follows from the clip, so that even a
-    lost ledger finds the generation."""
-    import uuid
-
-    return str(uuid.UUID(hex=digest_of(key, take), version=5))
-
-
-def check_wishes(clip: Clip, model: Model) -> None:
-    """Raise InputError for what the catalogue says the model cannot do."""
-    name = model.name or model.id
-    for wish, offered, flag in (
-        (clip.resolution, model.resolutions, "--resolution"),
-        (clip.aspect_ratio, model.aspect_ratios, "--aspect-ratio"),
-    ):
-        if offered and wish not in offered:
-            raise InputError(f"{name} has no {flag} {wish}: choose one of {', '.join(offered)}")
-    if model.max_seconds and (clip.seconds or 0) > model.max_seconds:
-        lasts = f"{printable(clip.audio or clip.name)} lasts {clip.seconds:.1f} s"
-        raise InputError(f"{lasts}; {name} takes at most {model.max_seconds:g} s")
-
-
-def doubts(film: Film, seconds: float | None) -> str:
-    """What is odd about a video that came, "" where nothing is. [Videos have come without a sound
-    track, or of another length than the recording.]"""
-    if not film.has_sound:
-        return "the video has no sound track; it is kept"
-    if seconds and film.seconds and abs(film.seconds - seconds) > 1 + 0.05 * seconds:
-        return f"the video lasts {film.seconds:.1f} s, its recording {seconds:.1f} s; it is kept"
-    return ""
-
+# ---- making a clip: Studio, make_video, make_speech ---------------------------------------------
 
 class Studio:
     """All that the clips of a command have in common, and the verbs over them: plan, afford,
     make, settle."""
 
+    deadline = math.inf  # of a command that makes one clip
+    cap: float | None = None  # of --max-credits
+    balance: Balance | None = None
+    broke: OutOfCredits | None = None
+    planned = spent = 0.0
+
     def __init__(
-        self, account: Account, view: View, *, model: str = "", speech_model: str = "",
+        self, api: Api, view: View, *, model: str = "", speech_model: str = "",
         timeout_s: float = 1800.0, interval_s: float = 5.0, force: bool = False,
-        api: Api | None = None,
     ) -> None:
-        self.view, self.account, self.force = view, account, force
-        self.timeout_s, self.interval_s = timeout_s, interval_s
-        self.api = api or api_for(Transport(account))
-        self.http, self.places = self.api.http, Places()
-        self.ledger = Ledger(account.cache, self.http.sleep, view.say)
+        self.api, self.http, self.view, self.force = api, api.http, view, force
+        self.account, self.timeout_s, self.interval_s = api.http.account, timeout_s, interval_s
+        self.ledger = Ledger(self.account.cache, self.http.sleep, view.say)
         self.asked = {VIDEO: model, SPEECH: speech_model}
-        self.model = functools.cache(functools.partial(find_model, self.api))
-        self.lock, self.warned, self.broken = threading.RLock(), set[str](), set[str]()
-        self.deadline = math.inf  # of a command that makes one clip
-        self.cap: float | None = None  # of --max-credits
-        self.balance: Balance | None = None
-        self.planned = self.spent = 0.0
-        self.broke: OutOfCredits | None = None
+        self.model = functools.cache(functools.partial(find_model, api))
+        self.lock, self.turn = threading.RLock(), threading.Lock()
+        self.unread = dict[str, float]()  # until when not to ask again
+        self.forgotten = set[str]()  # files that Hedra no longer knows
 
     # -- plan: what each clip is, what it needs and what it costs
 
@@ -2339,26 +2214,24 @@ class Studio:
         """Check the files of some clips, judge what each needs, and price what is new. A clip that
         cannot work has an `error` afterwards. Raises HedraError where nothing can."""
         targets: dict[str, Clip] = {}
-        self.broken = set()
         for clip in [clip for clip in clips if not clip.error]:
             with self.blamed(clip):
-                self.identify(clip)
+                (self.identify_speech if clip.kind == SPEECH else self.identify)(clip)
                 clip.state = self.judge(clip)
                 other = targets.setdefault(os.path.abspath(clip.target), clip)
                 if other is not clip:
                     name, rival = printable(clip.target), printable(other.name)
                     raise InputError(f"{name} would be the video of {rival} as well: rename one")
         fine = [clip for clip in clips if not clip.error]
+        ask = functools.partial(self.tolerant, self.api.balance, "the balance")
         if any(clip.state in OPEN for clip in fine):
-            ask = functools.partial(self.tolerant, self.api.balance, "the balance")
             self.balance, _ = self.http.together(ask, lambda: self.plan_open(fine))
         else:
             self.plan_open(fine)
 
     def plan_open(self, clips: Sequence[Clip]) -> None:
         """Where some clips may still have to be paid: are they, and what do they cost?"""
-        wanted = [part for clip in clips if clip.state in OPEN for part in clip.parts]
-        self.look_for([part for part in wanted if part.state in OPEN])
+        self.look_for([p for clip in clips if clip.state in OPEN for p in clip.parts])
         ranked = sorted(clips, key=lambda clip: clip.seconds or 0.0)
         for clip in ranked[-1:] + ranked[:-1]:  # see JobsApi.price
             with self.blamed(clip):
@@ -2371,26 +2244,19 @@ class Studio:
         try:
             yield
         except (HedraError, OSError) as error:
-            of_all = isinstance(error, HedraError) and (error.unreachable or error.status == 401)
-            if of_all or isinstance(error, Stopped):
+            if isinstance(error, Stopped) or (isinstance(error, HedraError) and error.is_of_all):
                 raise
             clip.error, clip.state = error, BAD
 
     def identify(self, clip: Clip) -> None:
         """Find out what a clip is made of, and so its key. The first version's key had the model
         as the catalogue called it: it is taken where the ledger has it."""
-        if clip.kind == SPEECH:
-            clip.key = self.speech_key(clip)
-            if not clip.target.name:
-                clip.target = self.ledger.folder / "speeches" / f"{clip.key}.audio"
-            return
-        assert clip.image is not None
         with clip.timed("hashing"):
             clip.portrait = self.ledger.media(clip.image, "image")
-            if clip.speech:
-                self.identify(clip.speech)
-            elif clip.audio:
+            if not clip.speech:
                 clip.recording = self.ledger.media(clip.audio, "audio")
+        if clip.speech:
+            self.identify_speech(clip.speech)
         sound = f"speech {clip.speech.key}" if clip.speech else clip.recording.digest
         wishes = (clip.prompt, clip.resolution, clip.aspect_ratio)
         more = [json.dumps(clip.settings, sort_keys=True)] if clip.settings else []
@@ -2402,41 +2268,43 @@ class Studio:
         if clip.other_key != clip.key and self.ledger.load("clips", clip.other_key).values:
             clip.key = clip.other_key
 
-    def speech_key(self, clip: Clip) -> str:
-        """What a speech is: text, voice and model; raises InputError for what nobody can say."""
+    def identify_speech(self, clip: Clip) -> None:
+        """The same of a speech; raises InputError for what nobody can say."""
         limits, model = self.api.speech_limits, self.asked[SPEECH] or self.api.default_speech_model
         limit = limits.get(model, limits[""])
         if not 0 < len(clip.prompt) <= limit:
             size = f"{len(clip.prompt):,} characters, and {model or 'Hedra'} speaks 1 to {limit:,}"
             raise InputError(f"the text of {clip.name} has {size}; nothing was sent")
         clip.voice = self.voice(clip.voice)
-        return digest_of("speech", clip.prompt, clip.voice, model, self.account.id)
+        clip.key = digest_of("speech", clip.prompt, clip.voice, model, self.account.id)
+        if not clip.target.name:
+            clip.target = self.ledger.folder / "speeches" / f"{clip.key}.audio"
 
     def voice(self, asked: str) -> str:
-        """The id of a voice that is asked for by name, whatever its case, or id. Names are
-        remembered; raises InputError with the nearest ones."""
+        """The id of a voice that is asked for by name, whatever its case, or id. Names that were
+        found are remembered; raises InputError with the nearest ones."""
         if not asked:
             raise InputError("no voice is given: --voice NAME or HEDRA_VOICE (`voices` lists them)")
         if re.fullmatch(f"(voice_)?({UUID_SHAPE.pattern})", asked, re.IGNORECASE):
             return asked
         import difflib
 
-        wanted, called, names = asked.casefold(), dict[str, str](), dict[str, list[str]]()
+        wanted = asked.casefold()
         with self.lock:
-            record = self.ledger.load("voices", digest_of(self.account.id, self.asked[SPEECH]))
-            if len(found := record.part("names").texts(wanted)) == 1:
+            memo = self.ledger.load("voices", digest_of(self.account.id, self.asked[SPEECH]))
+            if len(known := memo.part("names").texts(wanted)) == 1:
+                return known[0]
+            voices = self.api.voices(self.asked[SPEECH])
+            named = [voice.id for voice in voices if voice.name.casefold() == wanted]
+            found = [voice.id for voice in voices if voice.id == asked] or named
+            if len(found) == 1:
+                if UUID_SHAPE.search(found[0]):
+                    memo.save(names={**memo.part("names").values, wanted: found})
                 return found[0]
-            for voice in self.api.voices(self.asked[SPEECH]):
-                called[voice.name.casefold()] = voice.name
-                for name in {voice.id, voice.name.casefold()}:
-                    names.setdefault(name, []).append(voice.id)
-            if all(UUID_SHAPE.search(name) for ids in names.values() for name in ids):
-                record.save(names=names)
-        if len(found := names.get(asked) or names.get(wanted, [])) == 1:
-            return found[0]
         if found:
             which = f"voices named {asked!r}: {', '.join(found)}"
             raise InputError(f"{which}; give --voice the id of one")
+        called = {voice.name.casefold(): voice.name for voice in voices}
         near = difflib.get_close_matches(wanted, called, n=5, cutoff=0.3) or list(called)[:5]
         listed = printable(", ".join(called[name] for name in near)) or "none"
         raise InputError(f"there is no voice {asked!r}; nearest: {listed} (`voices` lists all)")
@@ -2454,8 +2322,9 @@ class Studio:
         that was never submitted leaves the one before in force."""
         takes = self.takes(clip.key)
         submitted = [take for take in takes if take.text("state") not in ("", NEW)]
-        record = clip.record = submitted[-1] if submitted else takes[0]
-        state, forced = record.text("state"), self.force and clip.kind == VIDEO
+        clip.take_up(submitted[-1] if submitted else takes[0])
+        record, state = clip.record, clip.record.text("state")
+        forced = self.force and clip.kind == VIDEO
         if state == "intent":
             needs = DOUBT
         elif state == "submitted":
@@ -2479,17 +2348,19 @@ class Studio:
 
     def check(self, clip: Clip) -> None:
         """Raise InputError where a result could not, or must not, be written; makes its folder."""
-        target, name = clip.target, printable(clip.target)
+        target, name, exists = clip.target, printable(clip.target), True
         try:
-            if target.is_dir():
-                raise InputError(f"{name} is a folder: --out takes the video's file name")
-            if os.path.lexists(target) and not target.is_file():
-                raise InputError(f"{name} is no file that a video could replace")
-            exists = os.path.lexists(target) and os.stat(target).st_size > 0
-            inputs = [file for file in (clip.audio, clip.image) if file and file.exists()]
+            with contextlib.suppress(FileNotFoundError):
+                exists = False
+                exists = bool(os.lstat(target))
+            if exists and not target.is_file():
+                raise InputError(f"{name} is a folder, or else no file that a video could replace")
+            inputs = [file for file in (clip.audio, clip.image) if file.name and file.exists()]
             if exists and any(target.samefile(file) for file in inputs):
                 raise InputError(f"{name} is an input: the video needs a name of its own")
-            replaces = clip.state == DONE or not exists or self.may_replace(clip)
+            if clip.state == DONE:
+                return
+            replaces = self.may_replace(clip) if exists and os.stat(target).st_size else True
             clip.is_doubtful = replaces is None
             if replaces is False:
                 raise InputError(
@@ -2497,21 +2368,18 @@ class Studio:
                     "another origin): it is left as it is, and nothing was paid; move it away or "
                     "give another --out (--force makes, and pays, a new take in place of a video)"
                 )
-            if clip.state != DONE:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                probe = hidden(target, str(os.getpid()))
-                probe.touch()
-                probe.unlink(missing_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            probe = hidden(target, str(os.getpid()))
+            probe.touch()
+            probe.unlink(missing_ok=True)
         except OSError as error:
             text = f"{name} cannot be written: {error.strerror}; choose another place for it"
             raise InputError(text) from error
 
     def may_replace(self, clip: Clip) -> bool | None:
         """Whether what is at the target may go: a result of ours, or what is left of one; None
-        where the ledger was lost, and only the download will tell: see `compare`."""
-        known = clip.record.part("videos").values
-        inspect = inspect_film if clip.kind == VIDEO else inspect_speech
-        whole = inspect(clip.target) is not None
+        where the ledger was lost, and only the download will tell."""
+        known, whole = clip.record.part("videos").values, bool(inspect_film(clip.target, clip.kind))
         if whole and (self.force or self.ledger.is_ours(clip.target)):
             return True
         if not known and (clip.found or clip.state != NEW):
@@ -2522,26 +2390,17 @@ class Studio:
         """Ask in one go whether Hedra has generations that this ledger does not know of."""
         asked = {
             reserved_id(key, clip.record.text("take")): (clip, key) for clip in clips
-            for key in (clip.key, clip.other_key)
-            if key and (clip.state == DOUBT or not clip.record.values)
+            for key in (clip.key, clip.other_key) if key and clip.state in OPEN
+            if clip.state == DOUBT or not clip.record.values
         }
         ask = functools.partial(self.api.find_all, list(asked))
-        found = self.tolerant(ask, "the list of generations") if asked else {}
-        for name in found or {}:
+        for name in (self.tolerant(ask, "the list of generations") or {}) if asked else ():
             clip, key = asked[name]
             clip.key, clip.found = key, name
             anew = self.force and clip.kind == VIDEO and not clip.record.values
             clip.state = NEW if anew else FLIGHT
 
     # -- afford: prices against the balance and the cap
-
-    def order_of(self, clip: Clip, model: Model, take: Record) -> Order:
-        """What a submit of a clip says."""
-        return Order(
-            clip.kind, clip.prompt, model, reserved_id(clip.key, take.text("take")),
-            take.text("image"), take.text("audio"), clip.resolution, clip.aspect_ratio,
-            clip.settings, clip.voice,
-        )
 
     def quote(self, clip: Clip) -> None:
         """The price of what is not paid yet; it stays None where nobody can tell."""
@@ -2552,26 +2411,33 @@ class Studio:
 
     def price(self, part: Clip) -> float | None:
         """The price of a video or a speech; raises InputError for what its model cannot do."""
-        model = self.model(self.asked[part.kind], kind=part.kind, max_age_s=MODEL_AGE_S)
-        if part.kind == VIDEO:
-            check_wishes(part, model)
-        return self.api.price(self.order_of(part, model, Record(Path())), part.seconds)
+        part.model = self.model(self.asked[part.kind], kind=part.kind, max_age_s=MODEL_AGE_S)
+        model, name, seconds = part.model, part.model.name or part.model.id, part.seconds
+        for wish, offered, flag in (
+            (part.resolution, model.resolutions, "--resolution"),
+            (part.aspect_ratio, model.aspect_ratios, "--aspect-ratio"),
+        ):
+            if part.kind == VIDEO and offered and wish not in offered:
+                raise InputError(f"{name} has no {flag} {wish}: choose one of {', '.join(offered)}")
+        if part.kind == VIDEO and seconds and model.max_seconds and seconds > model.max_seconds:
+            limit = f"{name} takes at most {model.max_seconds:g} s"
+            raise InputError(f"{printable(part.name)} lasts {seconds:.1f} s; {limit}")
+        return self.api.price(part)
 
     def tolerant(self, call: Callable[[], T], what: str) -> T | None:
         """The value of a request that is good to have: a fault is a warning, as the server has
-        the last word, and it is not asked for again by this plan. A key that is not accepted
-        stops all the same."""
-        if what in self.broken:
+        the last word, and for a minute it is not asked for again. A key that is not accepted stops
+        all the same."""
+        if time.monotonic() < self.unread.get(what, -math.inf):
             return None
         try:
             return call()
         except ApiError as error:
-            if error.status == 401 or error.unreachable:
+            if error.is_of_all:
                 raise
-            self.broken |= {what} if error.retryable else set()
-            if what not in self.warned:
+            if what not in self.unread:
                 self.view.say(f"warning: {what} could not be read: {error}")
-            self.warned.add(what)
+            self.unread[what] = time.monotonic() + 60.0 * error.retryable
             return None
 
     def afford(self, clips: Sequence[Clip], cap: float | None = None) -> None:
@@ -2579,29 +2445,26 @@ class Studio:
         where a cap is set and a price is not known. Nothing has been uploaded by then. The cap
         counts an estimate with a fifth on top."""
         wanted, unit = [clip for clip in clips if clip.state in OPEN], self.api.unit
-        unknown = [clip for clip in wanted if clip.due is None]
-        if unknown:
-            self.tell_unknown(unknown, cap)
+        self.tell_unknown(wanted, cap)
         high = round(sum((c.due or 0) * (1.2 if c.is_estimate else 1) for c in wanted), 6)
         self.cap, self.planned = cap, high
         if cap is not None and high > cap:
-            costs, limit = amount(high, unit), amount(cap, unit)
             guess = " (with a fifth on top of guesses)" * any(c.is_estimate for c in wanted)
-            text = f"to make: {len(wanted)}, for about {costs}{guess}; --max-credits is {limit}"
-            raise OutOfCredits(f"{text}; nothing was uploaded or paid")
+            text = f"to make: {len(wanted)}, for about {amount(high, unit)}{guess}; --max-credits"
+            raise OutOfCredits(f"{text} is {amount(cap, unit)}; nothing was uploaded or paid")
         # What is in doubt may be paid already: there the server has the last word.
         price = round(sum(clip.due or 0 for clip in wanted if clip.state == NEW), 6)
-        balance = self.balance
-        if balance and price > balance.remaining:
-            left = amount(balance.remaining, balance.unit)
-            text = f"this costs about {amount(price, unit)} and the account has {left}"
+        if self.balance and price > (left := self.balance.remaining):
             how = "add funds and run the same command again; nothing was uploaded or paid"
-            raise OutOfCredits(f"{text}: {how}")
+            costs, has = amount(price, unit), amount(left, unit)
+            raise OutOfCredits(f"this costs about {costs} and the account has {has}: {how}")
 
-    def tell_unknown(self, clips: Sequence[Clip], cap: float | None) -> None:
+    def tell_unknown(self, clips: Sequence[Clip], cap: float | None = None) -> None:
         """Say of which clips no price is known, and why; raises InputError where there is a cap."""
-        text = f"no price is known of {', '.join(printable(clip.name) for clip in clips)}"
-        if any(clip.seconds is None for clip in clips):
+        if not (unknown := [clip for clip in clips if clip.due is None]):
+            return
+        text = f"no price is known of {', '.join(printable(clip.name) for clip in unknown)}"
+        if any(clip.seconds is None for clip in unknown):
             text += ": how long the recording is cannot be told without ffprobe (a part of ffmpeg)"
         if cap is not None:
             how = "run it again later, move these away, or leave --max-credits out"
@@ -2618,7 +2481,7 @@ class Studio:
         started = time.monotonic()
         deadline = min(self.deadline, started + self.timeout_s)
         with self.http.until(deadline, clip.effort), self.owned(clip):
-            self.register(clip)
+            self.ledger.load("clips", clip.key, owned=True)
             clip.state = self.judge(clip)
             if clip.state == REFUSED:
                 raise GenerationFailed(
@@ -2627,12 +2490,18 @@ class Studio:
                     generation_id=clip.generation_id,
                 )
             self.check(clip)
-            if clip.state == DOUBT and (found := self.look(clip, clip.record)):
-                self.accept(clip, clip.record, found, paid=False)
-            elif clip.state in OPEN:
+            doubtful = clip.state == DOUBT
+            found = clip.found if clip.state == NEW else self.look(clip) if doubtful else ""
+            if found:
+                self.accept(clip, found, paid=False)
+                # How old it is nobody knows: --force makes the new take that was asked for.
+                clip.state = NEW if self.force and not doubtful and clip.kind == VIDEO else FLIGHT
+            if clip.state in OPEN:
                 self.order(clip)
             if clip.state == DONE:
-                self.renew(clip)
+                with contextlib.suppress(OSError):  # of another user of the group
+                    os.utime(clip.target)  # so that make is satisfied
+                    self.ledger.keep(clip.record, clip.target)
             else:
                 self.collect(clip)
             clip.spent_s = round(time.monotonic() - started, 3)
@@ -2642,41 +2511,24 @@ class Studio:
         """Nobody else works on this clip, nor on a video of that name."""
         name, target = printable(clip.target), os.path.abspath(clip.target)
         busy = f"{name} is being written by another process, for another clip; nothing was paid"
-        waiting = functools.partial(
-            self.view.state, clip.name, "waiting", "another process works on this clip"
-        )
+        waiting = functools.partial(self.view.state, clip.name, "waiting", "it is made elsewhere")
         with (
             self.ledger.own(f"clip {clip.key}", waiting),
             self.ledger.own(f"target {target}", f"{busy}: give this one another --out"),
         ):
             yield
 
-    def register(self, clip: Clip) -> None:
-        """Write down a generation that Hedra was found to have."""
-        record = self.ledger.load("clips", clip.key, owned=True)
-        state = record.text("state")
-        if clip.found and state in ("", NEW, "intent"):
-            self.accept(clip, record, clip.found, paid=False)
-            # How old it is nobody knows: --force makes the new take that was asked for.
-            record.save(state="done" if self.force and state != "intent" else "submitted")
-
-    def renew(self, clip: Clip) -> None:
-        """Give a finished video a new time, so that make is satisfied."""
-        with contextlib.suppress(OSError):  # of another user of the group
-            os.utime(clip.target)
-            self.ledger.keep(clip.record, clip.target)
-
-    def begin_take(self, clip: Clip) -> Record:
-        """The record of the take that is about to be submitted: a new one, with a random name,
-        where the last one was delivered or refused; one that was never submitted is used again."""
+    def begin_take(self, clip: Clip) -> None:
+        """Take up the take that is about to be submitted: a new one, with a random name, where the
+        last one was delivered or refused; one that was never submitted is used again."""
         if clip.record.text("state") in ("", NEW, "intent"):
-            return clip.record
+            return
         first, last = (takes := self.takes(clip.key))[0], takes[-1]
-        if last is not first and last.text("state") in ("", NEW):
-            return last
-        name = os.urandom(8).hex()
-        first.save(takes=[*first.texts("takes"), name])
-        return Record(first.path.with_name(f"{clip.key}.{name}.json"), {"take": name})
+        if last is first or last.text("state") not in ("", NEW):
+            name = os.urandom(8).hex()
+            first.save(takes=[*first.texts("takes"), name])
+            last = Record(first.path.with_name(f"{clip.key}.{name}.json"), {"take": name})
+        clip.take_up(last)
 
     def order(self, clip: Clip) -> None:
         """Rules 2 to 4: price, uploads, intent, submit."""
@@ -2685,14 +2537,13 @@ class Studio:
         if clip.speech and not clip.recording.size_bytes:
             self.speak(clip, clip.speech)
         self.quote(clip)
-        take, doubtful = self.begin_take(clip), clip.state == DOUBT
+        self.begin_take(clip)
         try:
-            with self.patiently(self.places.ready):
-                generation_id, fresh = self.submit(clip, take)
+            generation_id, fresh = self.submit(clip)
         except OutOfCredits as error:
             self.broke = error
             raise
-        self.accept(clip, take, generation_id, paid=fresh and not doubtful)
+        self.accept(clip, generation_id, paid=fresh and clip.state != DOUBT)
 
     def speak(self, clip: Clip, speech: Clip) -> None:
         """Make the speech of a clip first, or take the one that there is; then its video has a
@@ -2716,33 +2567,17 @@ class Studio:
                 text = f"the speech is there and kept; its video costs {costs}"
                 raise OutOfCredits(f"{text}; --max-credits is {amount(self.cap, unit)}: raise it")
 
-    @contextlib.contextmanager
-    def patiently(self, turn: threading.Lock | threading.Semaphore) -> Iterator[None]:
-        """Wait for a turn. As long as a clip of ours is at work a place will be free, and that
-        time is not this clip's."""
-        while not turn.acquire(timeout=0.2):
-            self.be_patient()
-        try:
-            yield
-        finally:
-            turn.release()
-
-    def be_patient(self) -> None:
-        """Called while waiting; raises StillRunning, or Stopped, when that has no point."""
-        if self.places.running:
-            self.http.here.deadline = time.monotonic() + self.timeout_s
-        self.http.sleep(0.0)
-
     def about(self, clip: Clip) -> dict[str, Any]:
         """For the person who reads the ledger."""
         video = clip.kind == VIDEO
         return {
-            "clip": printable(clip.audio or clip.name), "kind": clip.kind, "prompt": clip.prompt,
+            "clip": printable(clip.audio if clip.audio.name else clip.name), "kind": clip.kind,
             **({"portrait": printable(clip.image)} if video else {"voice": clip.voice}),
-            "model": self.asked[clip.kind], "account": self.account.id, "unit": self.api.unit,
+            "prompt": clip.prompt, "model": self.asked[clip.kind], "account": self.account.id,
+            "unit": self.api.unit,
         }
 
-    def prepare(self, clip: Clip, take: Record, *, forget: Sequence[str] = ()) -> Order:
+    def prepare(self, clip: Clip) -> None:
         """Upload what Hedra has not got, or what it has forgotten, and write down what will be
         asked of it. A portrait is shared by all clips and processes; a recording is of this clip
         and take alone, so that it tells them apart."""
@@ -2750,114 +2585,125 @@ class Studio:
         if clip.kind == VIDEO:
             with clip.timed("uploading"):
                 image, audio = self.http.together(
-                    lambda: self.portrait(clip, forget),
-                    lambda: self.upload(clip, clip.audio, "audio", take, "audio", forget),
+                    lambda: self.portrait(clip),
+                    lambda: self.upload(clip, clip.audio, "audio", clip.record, "audio"),
                 )
-        take.save(sync=True, **{
+        clip.model = self.model(self.asked[clip.kind], kind=clip.kind)
+        clip.record.save(sync=True, **{
             **self.about(clip), "state": "intent", "image": image, "audio": audio,
-            "reserved": reserved_id(clip.key, take.text("take")), "submitted_at": time.time(),
+            "reserved": clip.reserved, "submitted_at": time.time(),
         })
-        return self.order_of(clip, self.model(self.asked[clip.kind], kind=clip.kind), take)
 
-    def portrait(self, clip: Clip, forget: Sequence[str]) -> str:
+    def portrait(self, clip: Clip) -> str:
         """The portrait's asset; the first clip that needs it uploads it."""
         key = digest_of(clip.portrait.digest, self.account.id)
         with self.ledger.own(f"asset {key}", lambda: None):
             record = self.ledger.load("assets", key, owned=True)
-            return self.upload(clip, clip.image, "image", record, "ref", forget)
+            return self.upload(clip, clip.image, "image", record, "ref")
 
-    def upload(
-        self, clip: Clip, file: Path | None, kind: Kind, record: Record, name: str,
-        forget: Sequence[str],
-    ) -> str:
-        """What a submit names a file by: as `record` has it, else uploaded, and then made sure
-        that it was the one that was hashed."""
-        assert file is not None
-        asset = Asset(record.text(name), record.number(f"{name}_expires_at", "expires_at"))
-        if asset.is_usable() and asset.ref not in forget:
-            return asset.ref
-        media = clip.portrait if kind == "image" else clip.recording
-        what, size = "portrait" if kind == "image" else "recording", media.size_bytes
-        self.view.state(clip.name, f"uploading {what}", f"{size / 1e6:.1f} MB")
-        asset = self.api.upload(file, kind, lambda n: self.view.move(clip.name, n, size))
+    def upload(self, clip: Clip, file: Path, kind: Kind, record: Record, name: str) -> str:
+        """What a submit names a file by: as `record` has it (with five minutes left to send it),
+        else uploaded, and then made sure that it was the one that was hashed."""
+        ref, lapses = record.text(name), record.number(f"{name}_expires_at", "expires_at")
+        if ref and ref not in self.forgotten and time.time() < (lapses or math.inf) - 300:
+            return ref
+        image = kind == "image"
+        what, media = ("portrait", clip.portrait) if image else ("recording", clip.recording)
+        self.view.state(clip.name, f"uploading {what}", f"{media.size_bytes / 1e6:.1f} MB")
+        moved = functools.partial(self.view.move, clip.name, total=media.size_bytes)
+        ref, lapses = self.api.upload(file, kind, moved)
         if self.ledger.media(file, kind).digest != media.digest:
             raise InputError(f"{printable(file)} changed while it was sent; nothing was paid")
-        more = {"state": record.text("state") or NEW} if kind == "audio" else {}
-        record.save(**{
-            **self.about(clip), name: asset.ref, f"{name}_expires_at": asset.expires_at, **more
-        })
-        return asset.ref
+        record.values |= {**self.about(clip), name: ref, f"{name}_expires_at": lapses}
+        record.values |= {} if image else {"state": record.text("state") or NEW}
+        record.save()
+        return ref
 
-    def submit(self, clip: Clip, take: Record) -> tuple[str, bool]:
+    def submit(self, clip: Clip) -> tuple[str, bool]:
         """The id of the generation, and whether this very submit made it. After an answer that
         leaves open what happened, look before another."""
-        faults, lost, forget = 0, False, list[str]()
+        faults, lost, renewed = 0, False, False
         while True:
-            order = self.prepare(clip, take, forget=forget)
+            self.prepare(clip)
             try:
-                return self.submit_in_turn(clip, order), True
+                return self.submit_in_turn(clip), True
             except ApiError as error:
                 lost = lost or (error.ambiguous and error.status != 409)
-                if error.ambiguous and (found := self.look(clip, take)):
+                if error.ambiguous and (found := self.look(clip)):
                     return found, lost  # else it was there before this submit
                 if not error.ambiguous and not lost:
-                    take.save(state=NEW)
-                if not forget and self.renews(clip, error):
-                    forget = [order.image, order.audio]
+                    clip.record.save(state=NEW)
+                if not renewed and (renewed := self.renew(clip, error)):
                     continue
                 faults += 1
                 again = (error.retryable or error.ambiguous) and faults < SUBMIT_TRIES
                 wait_s = error.retry_after or backoff_s(faults, 0.5, cap=8.0)
                 if not again or wait_s > self.http.longest_s():
-                    self.give_up(error)
+                    how = "not known is whether it was carried out, but nothing is lost: run the "
+                    if error.ambiguous:
+                        error.add(f"{how}same command again, and it looks before it pays")
+                    raise
                 self.view.state(clip.name, "submitting again", f"after: {error.words or error}")
                 self.http.count("retries")
                 self.http.sleep(wait_s)
 
-    def submit_in_turn(self, clip: Clip, order: Order) -> str:
-        """One submit, and, while the account would not have one more generation, the next, when
-        there may be a place; raises ApiError for all other answers."""
-        refusals = 0
-        with self.patiently(self.places.turn):
+    def submit_in_turn(self, clip: Clip) -> str:
+        """One submit; raises ApiError. One clip at a time, so that who is refused by a limit of
+        the account keeps its turn, and is the first to know when a generation has ended."""
+        http, refusals = self.http, 0
+        while not self.turn.acquire(timeout=0.2):
+            self.be_patient()
+        try:
             while True:
-                ended = self.places.ended
+                ended = http.ended
                 try:
-                    return self.api.submit(order)
+                    return self.api.submit(clip)
                 except RateLimited as error:
-                    if error.ambiguous:
+                    if error.ambiguous or (error.retry_after or 0.0) >= http.longest_s():
                         raise
                     refusals += 1
                     self.view.state(clip.name, "waiting for a place", error.words)
-                    self.http.before_retry(error, 0.0)
+                    http.count("retries")
                     of_rate = re.search(r"\brate\b|\brequests\b", error.words.lower())
-                    if of_rate or not self.places.running:  # alone, and refused: it is the rate
-                        self.http.give_way(error)
+                    if of_rate or not http.waiting:  # alone, and refused: it is the rate
+                        http.pace.refused(error)
                     else:
-                        pause_s = backoff_s(refusals, 1.0, cap=8.0)
-                        pause_s = pause_s if error.retry_after is None else error.retry_after
-                        self.places.wait(ended, min(pause_s, self.http.longest_s()))
+                        pause_s = error.retry_after
+                        pause_s = backoff_s(refusals, 1.0, cap=8.0) if pause_s is None else pause_s
+                        http.await_end(ended, min(pause_s, http.longest_s()))
                     self.be_patient()
+        finally:
+            self.turn.release()
 
-    def renews(self, clip: Clip, error: ApiError) -> bool:
-        """Whether a refusal may be of assets, or of a model, that were there before and are worth
-        another try with new ones."""
+    def be_patient(self) -> None:
+        """Called while waiting; raises StillRunning, or Stopped, when that has no point. As long as
+        a clip of ours is at work a place will be free, and that time is not this clip's."""
+        if self.http.waiting:
+            DEADLINE.set(time.monotonic() + self.timeout_s)
+        self.http.sleep(0.0)
+
+    def renew(self, clip: Clip, error: ApiError) -> bool:
+        """Whether a refusal may be of files, or of a model, that were there before and are worth
+        another try: they are forgotten."""
+        words = f"{error.code} {error.words}".lower()
         unclear = error.retryable or error.ambiguous or clip.kind == SPEECH
         if error.status not in (400, 404, 410, 422) or unclear:
             return False
-        words = f"{error.code} {error.words}".lower()
         if "model" in words and not self.asked[VIDEO] and not self.api.replays:
             self.model.cache_clear()
             (self.account.cache / "model_id").unlink(missing_ok=True)
-            return True
-        return bool(re.search("asset|image|audio|keyframe|file|expired|not.?found", words))
+        elif not re.search("asset|image|audio|keyframe|file|expired|not.?found", words):
+            return False
+        self.forgotten |= {clip.record.text("image"), clip.record.text("audio")}
+        return True
 
-    def look(self, clip: Clip, take: Record) -> str:
+    def look(self, clip: Clip) -> str:
         """Whether a submit whose answer was lost was carried out: the id of the generation, ""
         once Hedra, GRACE_S after this look began, still knows of nothing. Other machines' clocks
         do not count."""
-        first, pause_s, order = time.monotonic(), 0.25, self.order_of(clip, Model(""), take)
+        first, pause_s = time.monotonic(), 0.25
         while not self.api.replays:
-            if found := self.api.find(order, take.number("submitted_at") or 0.0):
+            if found := self.api.find(clip):
                 return found
             if time.monotonic() - first >= GRACE_S or self.http.left_s() <= 0:
                 break
@@ -2866,26 +2712,18 @@ class Studio:
             pause_s = min(3.0, 2 * pause_s)
         return ""
 
-    def give_up(self, error: ApiError) -> NoReturn:
-        """Raise an error of the submit, saying where the money is."""
-        if not error.ambiguous:
-            raise error
-        how = "run the same command again, and it looks before it pays"
-        error.add(f"whether it was carried out is not known, but nothing is lost: {how}")
-        raise error
-
-    def accept(self, clip: Clip, take: Record, generation_id: str, *, paid: bool) -> None:
+    def accept(self, clip: Clip, generation_id: str, *, paid: bool) -> None:
         """Hedra has the generation: from here on it is paid for, and must not be forgotten."""
-        clip.record, clip.paid = take, paid
-        at = take.number("submitted_at") or time.time()
+        clip.paid, take = paid, clip.record
         take.save(sync=True, **{
             **self.about(clip), "state": "submitted", "generation_id": generation_id,
-            "submitted_at": at, "price": clip.price if paid else take.number("price"),
+            "submitted_at": take.number("submitted_at") or time.time(),
+            "price": clip.price if paid else take.number("price"),
         })
         if paid:
             with self.lock:
                 self.spent = round(self.spent + (clip.price or 0.0), 6)
-                self.view.count(spent=amount(self.spent, self.api.unit))
+                self.view.spent = amount(self.spent, self.api.unit)
             cost = f"about {amount(clip.price, self.api.unit)}"
             detail = f"generation {generation_id}, {cost}"
             self.view.state(clip.name, "submitted", detail, note=cost)
@@ -2894,10 +2732,10 @@ class Studio:
 
     def collect(self, clip: Clip) -> None:
         """Wait for the generation and fetch its result. What goes wrong here loses nothing."""
-        url, note = "", "already paid"
+        url = ""
         if not clip.paid:
-            detail = f"generation {clip.generation_id}, {note}"
-            self.view.state(clip.name, "found", detail, note=note)
+            detail = f"generation {clip.generation_id}, already paid"
+            self.view.state(clip.name, "found", detail, note="already paid")
         if clip.record.text("state") != "done":
             with clip.timed("waiting"):
                 status = self.await_end(clip)
@@ -2909,17 +2747,14 @@ class Studio:
 
     def await_end(self, clip: Clip) -> Status:
         """Wait for the end; a generation that is not known leads back to what was reserved."""
+        wait = functools.partial(await_end, self.api, name=clip.name, view=self.view)
         for grace_s in (0.0, GRACE_S):
             try:
-                with self.places.work():
-                    return await_end(
-                        self.api, clip.generation_id, clip.name, self.view, self.interval_s, grace_s
-                    )
+                return wait(clip.generation_id, interval_s=self.interval_s, grace_s=grace_s)
             except GenerationFailed as error:
-                clip.billed, transient = error.cost, error.transient
-                clip.record.save(
-                    state="refused", reason=str(error), transient=transient, billed=error.cost
-                )
+                clip.billed = error.cost
+                clip.record.values |= {"transient": error.transient, "billed": error.cost}
+                clip.record.save(state="refused", reason=str(error))
                 raise
             except ApiError as error:
                 # 400 and 422 are of an id that could be none of Hedra's.
@@ -2933,9 +2768,10 @@ class Studio:
         that the reserved id or key leads to."""
         take, at, found = clip.record, clip.record.number("submitted_at") or 0.0, ""
         if not self.api.replays:
-            found = self.api.find(self.order_of(clip, Model(""), take), at)
+            found = self.api.find(clip)
         elif time.time() - at < KEPT_S:
-            found = self.api.submit(self.prepare(clip, take))
+            self.prepare(clip)
+            found = self.api.submit(clip)
             take.save(state="submitted", submitted_at=at)
         if found and found != clip.generation_id:
             take.save(sync=True, generation_id=found)
@@ -2954,15 +2790,13 @@ class Studio:
     def fetch(self, clip: Clip, url: str) -> None:
         """Bring the result to its place: from this disk if it is there, else from Hedra. A full or
         read-only disk is told as what it is."""
-        target, record, generation_id = clip.target, clip.record, clip.generation_id
+        target, record = clip.target, clip.record
         self.view.state(clip.name, "downloading", printable(target))
         try:
             if there := self.ledger.find(record, target):
                 copy_file(there, target)
-            elif clip.is_doubtful:
-                self.compare(clip, url)
             else:
-                self.download(clip, url, target)
+                self.download(clip, url)
             self.ledger.keep(record, target, state="done", etag="")
         except HedraError as error:  # StillRunning is an OSError as well
             if not (there := self.ledger.find(record, target, nearby=True)):
@@ -2971,38 +2805,35 @@ class Studio:
             self.ledger.keep(record, target)
         except OSError as error:
             text = f"{printable(error.filename or target)} cannot be written: {error.strerror}"
-            where = f"it is paid for and safe at Hedra [generation {generation_id}]"
+            where = f"it is paid for and safe at Hedra [generation {clip.generation_id}]"
             how = "make room and run the same command again"
             raise HedraError(f"{text}; {where}: {how}") from error
         if clip.warning:
             self.view.say(f"warning: {clip.name}: {clip.warning}")
 
-    def download(self, clip: Clip, url: str, target: Path) -> None:
-        """Download the result to `target`, and say what is odd about it."""
-        inspect: Callable[[Path], Film | Media | None]
-        inspect = inspect_film if clip.kind == VIDEO else inspect_speech
-        found = download(
-            self.api, clip.generation_id, url, target, clip.record, kind=clip.kind,
-            inspect=inspect, moved=lambda n, size: self.view.move(clip.name, n, size),
-            interval_s=self.interval_s,
-        )
-        if isinstance(found, Film):
-            clip.warning = doubts(found, None if clip.is_estimate else clip.seconds)
+    def download(self, clip: Clip, url: str) -> None:
+        """Download the result, and say what is odd about it. [Videos have come without a sound
+        track, or of another length than the recording.] Where the ledger was lost and something
+        lies at the target, that is left as it is and has to be the same; raises InputError."""
+        name, length = printable(clip.target), None if clip.is_estimate else clip.seconds
 
-    def compare(self, clip: Clip, url: str) -> None:
-        """The ledger was lost, and something lies at the target: it is left as it is, and has to
-        be what Hedra has. Raises InputError."""
-        twin = hidden(clip.target, "twin")
-        try:
-            self.download(clip, url, twin)
-            same = video_digest(twin) == video_digest(clip.target)
-        finally:
-            twin.unlink(missing_ok=True)
-        if not same:
-            raise InputError(
-                f"{printable(clip.target)} is not the video that Hedra has of this clip (edited, or"
-                " of another origin): it is left as it is; move it away or give another --out"
-            )
+        def inspect(part: Path) -> Media | None:
+            found = inspect_film(part, clip.kind)
+            if found and clip.is_doubtful and video_digest(part) != video_digest(clip.target):
+                part.unlink()
+                text = f"{name} is not the video that Hedra has of this clip (edited, or of another"
+                raise InputError(f"{text} origin): it is left as it is; give another --out")
+            return found
+
+        film = Download(
+            self.api, clip.generation_id, clip.target, clip.record, kind=clip.kind, inspect=inspect,
+            moved=functools.partial(self.view.move, clip.name), interval_s=self.interval_s,
+        ).run(url)
+        if not film.has_sound:
+            clip.warning = "the video has no sound track; it is kept"
+        elif length and film.seconds and abs(film.seconds - length) > 1 + 0.05 * length:
+            both = f"{film.seconds:.1f} s, its recording {length:.1f} s"
+            clip.warning = f"the video lasts {both}; it is kept"
 
     # -- settle: what Hedra says that it cost
 
@@ -3026,12 +2857,9 @@ def copy_file(source: Path, target: Path) -> None:
     part = hidden(target, str(os.getpid()))
     try:
         shutil.copyfile(source, part)
-        with part.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(part, target)
+        publish(part, target)
     finally:
         part.unlink(missing_ok=True)
-    sync_folder(target.parent)
 
 
 def make_one(studio: Studio, clip: Clip) -> Path:
@@ -3069,13 +2897,12 @@ def make_video(
     if not prompt.strip():
         raise InputError("the prompt is blank: say in a few words what the person does")
     studio = Studio(
-        open_account(api_key, environ), view or View(), force=force, timeout_s=timeout,
+        connect(api_key, environ), view or View(), force=force, timeout_s=timeout,
         model=model or setting(environ, "HEDRA_MODEL_ID"), interval_s=poll_interval,
-        api=connect(api_key, environ),
     )
     return make_one(studio, Clip(
         out.stem, out, prompt=prompt.strip(), audio=Path(audio), image=Path(image),
-        resolution=resolution, aspect_ratio=aspect_ratio, settings=settings,
+        resolution=resolution, aspect_ratio=aspect_ratio, settings=settings or {},
     ))
 
 
@@ -3087,19 +2914,19 @@ def make_speech(
     """A text spoken by a voice (its name or id), as a recording at `out`: a wav, mp3 or whatever
     Hedra makes. Paid once, as a video is; raises the same errors as make_video."""
     studio = Studio(
-        open_account(api_key, environ), view or View(), speech_model=speech_model,
-        timeout_s=timeout, interval_s=poll_interval, api=connect(api_key, environ),
+        connect(api_key, environ), view or View(), speech_model=speech_model, timeout_s=timeout,
+        interval_s=poll_interval,
     )
     speech = Clip(Path(out).stem, Path(out), prompt=text.strip(), kind=SPEECH, voice=voice.strip())
     return make_one(studio, speech)
 
 
-# ---- folders: clip_of, folder_clip, table, Command ----------------------------------------------
+# ---- folders: clip_of, folder_clips, table, Command ---------------------------------------------
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SOUND_SUFFIXES = (".wav", ".mp3", ".m4a", ".flac", ".ogg", ".aif", ".aiff")
 SAY_SUFFIX = ".say.txt"
-OTHER_SOUND = r"\.(aac|ac3|amr|ape|au|caf|m4b|mka|mp2|mpga|oga|opus|ra|spx|wma|wv|3gpp?)"
+OTHER_SOUND = r"\.(aac|ac3|amr|ape|au|caf|m4b|mka|mp2|mpga|oga|opus|ra|spx|wma|wv|3gpp?)$"
 Names = Mapping[str, str]  # of a folder, as `folder_names` gives them
 
 
@@ -3127,20 +2954,19 @@ def beside(source: Path, suffixes: Sequence[str], names: Names) -> list[Path]:
 
 def source_names(names: Names) -> dict[str, list[str]]:
     """By the name of a clip its recordings, or else the text to be spoken; no hidden files."""
-    plain = sorted({name for name in names.values() if name[0] not in ".~#"})
     found: dict[str, list[str]] = {}
-    for name in plain:
-        if name.lower().endswith(SOUND_SUFFIXES):
-            found.setdefault(stem_of(name), []).append(name)
-    for name in plain:
-        if name.lower().endswith(SAY_SUFFIX) and stem_of(name):
-            found.setdefault(stem_of(name), [name])
+    for suffixes in (SOUND_SUFFIXES, (SAY_SUFFIX,)):
+        taken = set(found)
+        for name in sorted(set(names.values())):
+            stem = stem_of(name)
+            if name.lower().endswith(suffixes) and name[0] not in ".~#" and stem not in taken:
+                found.setdefault(stem, []).append(name)
     return dict(sorted(found.items()))
 
 
 def ignored_text(names: Names) -> str:
     """What to say of files that look like sound and are taken by nobody, "" for none."""
-    matches = [re.search(f"{OTHER_SOUND}$", name.lower()) for name in set(names.values())]
+    matches = [re.search(OTHER_SOUND, name.lower()) for name in set(names.values())]
     if not (found := [match[0] for match in matches if match]):
         return ""
     files = f"{len(found)} file{'s' * (len(found) > 1)} ignored: {', '.join(sorted(set(found)))}"
@@ -3149,51 +2975,44 @@ def ignored_text(names: Names) -> str:
 
 def read_text(file: Path, limit: int = PROMPT_BYTES) -> str:
     """What a text file says, without blanks around it."""
+    with open_regular(file) as stream:
+        data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise InputError(f"{printable(file)} has more than {limit:,} bytes: too long")
     try:
-        with open_regular(file) as stream:
-            data = stream.read(limit + 1)
-        if len(data) > limit:
-            raise InputError(f"{printable(file)} has more than {limit:,} bytes: too long")
         return data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise InputError(f"{printable(file)} is no UTF-8 text: {error}") from error
-    except OSError as error:
-        raise InputError(f"{printable(file)} cannot be read: {error.strerror}") from error
 
 
 def clip_of(source: Path, args: argparse.Namespace, names: Names, text: str = "") -> Clip:
     """A clip from its recording or text (or a `text` in place of a file) and what lies beside it;
     in run a flag wins over that. Raises InputError without a portrait."""
 
-    def chosen(found: Sequence[str], flag: str, fallback: str = "") -> str:
-        ranked = [flag, *found] if args.command == "run" else [*found, flag]
+    def chosen(suffixes: Sequence[str], flag: str, fallback: str = "") -> str:
+        found = beside(source, suffixes, names)
+        texts = [str(f) if suffixes is IMAGE_SUFFIXES else read_text(f) for f in found]
+        ranked = [flag, *texts] if args.command == "run" else [*texts, flag]
         return next((choice for choice in [*ranked, fallback] if choice.strip()), "")
 
-    def told(suffix: str, flag: str, fallback: str = "") -> str:
-        texts = [read_text(file) for file in beside(source, [suffix], names)]
-        return chosen(texts, flag, fallback).strip()
-
-    name, voice, speech = stem_of(source.name), "", None
-    target = Path(args.out or Path(args.out_dir) / f"{name}.mp4")
-    images = [str(file) for file in beside(source, IMAGE_SUFFIXES, names)]
-    if not (image := chosen(images, args.img, args.fallback)):
+    name = stem_of(source.name)
+    if not (image := chosen(IMAGE_SUFFIXES, args.img, args.fallback)):
         ways = f"put {printable(name)}.png beside it, give --img FILE, or set FRIEND_IMG"
         raise InputError(f"{printable(source)} has no portrait: {ways}")
-    prompt = told(".txt", args.prompt, DEFAULT_PROMPT)
-    is_text = bool(text) or source.name.lower().endswith(SAY_SUFFIX)
-    if is_text:
-        text = text.strip() or read_text(source, TEXT_BYTES)
-        voice = told(".voice.txt", args.voice)
-        speech = Clip(f"{name} (speech)", Path(), prompt=text, kind=SPEECH, voice=voice)
-    if is_text and not text:
-        raise InputError(f"{printable(source)} is blank: there is nothing to say")
-    if re.search("[\ud800-\udfff]", prompt + voice + text):
-        raise InputError("the prompt, text or voice is not UTF-8 text")
-    return Clip(
-        name, target, prompt=prompt, image=Path(image), speech=speech,
-        audio=None if speech else source, resolution=args.resolution,
-        aspect_ratio=args.aspect_ratio, settings=dict(args.set),
+    clip = Clip(
+        name, Path(args.out or Path(args.out_dir) / f"{name}.mp4"), image=Path(image), audio=source,
+        prompt=chosen([".txt"], args.prompt, DEFAULT_PROMPT).strip(), settings=dict(args.set),
+        resolution=args.resolution, aspect_ratio=args.aspect_ratio,
     )
+    if text or source.name.lower().endswith(SAY_SUFFIX):
+        if not (text := text.strip() or read_text(source, TEXT_BYTES)):
+            raise InputError(f"{printable(source)} is blank: there is nothing to say")
+        voice = chosen([".voice.txt"], args.voice).strip()
+        clip.speech = Clip(f"{name} (speech)", Path(), prompt=text, kind=SPEECH, voice=voice)
+        clip.audio = Path()
+    if re.search("[\ud800-\udfff]", "".join(part.prompt + part.voice for part in clip.parts)):
+        raise InputError("the prompt, text or voice is not UTF-8 text")
+    return clip
 
 
 def folder_clip(sources: Sequence[Path], args: argparse.Namespace, names: Names) -> Clip:
@@ -3204,7 +3023,7 @@ def folder_clip(sources: Sequence[Path], args: argparse.Namespace, names: Names)
             raise InputError(f"two recordings of one name: {rivals}; keep one")
         return clip_of(sources[0], args, names)
     except InputError as error:
-        return Clip(stem_of(sources[0].name), Path(), error=error)
+        return Clip(stem_of(sources[0].name), Path(), error=error, state=BAD)
 
 
 def table(clips: Sequence[Clip], left: str, unit: str, columns: int) -> str:
@@ -3221,11 +3040,8 @@ def table(clips: Sequence[Clip], left: str, unit: str, columns: int) -> str:
     due = amount(total(clip.due for clip in clips), "").strip()
     rows.append(("total", seconds, due, f"{len(new)} new; balance: {left}"))
     width = max(5, min(max(len(row[0]) for row in rows), columns - 36))
-    lines = []
-    for name, seconds, price, state in rows:
-        name = name if len(name) <= width else f"{name[: width - 1]}…"
-        lines.append(f"{name:{width}}  {seconds:>8}  {price:>10}  {state}")
-    return "\n".join(lines)
+    cut = [(n if len(n) <= width else f"{n[: width - 1]}…", *others) for n, *others in rows]
+    return "\n".join(f"{n:{width}}  {s:>8}  {price:>10}  {state}" for n, s, price, state in cut)
 
 
 def as_json(clip: Clip, unit: str | None) -> str:
@@ -3243,9 +3059,9 @@ def as_json(clip: Clip, unit: str | None) -> str:
 def is_stale(clip: Clip) -> bool:
     """Whether a finished video is older than what it is made of."""
     with contextlib.suppress(OSError):
-        made_at = os.stat(clip.target).st_mtime_ns
-        files = [file for file in (clip.audio, clip.image) if file]
-        return any(os.stat(file).st_mtime_ns >= made_at for file in files)
+        files = [file for file in (clip.target, clip.audio, clip.image) if file.name]
+        made_ns, *others_ns = (os.stat(file).st_mtime_ns for file in files)
+        return made_ns <= max(others_ns)
     return True
 
 
@@ -3282,7 +3098,7 @@ class Command:
         args, account = self.args, open_account(self.key, self.environ)
         http = Transport(account, connections=max(4, args.jobs), stop=self.stop)
         return Studio(
-            account, self.view, model=setting(self.environ, "HEDRA_MODEL_ID"), api=api_for(http),
+            api_for(http), self.view, model=setting(self.environ, "HEDRA_MODEL_ID"),
             speech_model=args.speech_model, timeout_s=args.timeout, interval_s=args.poll_interval,
             force=args.force,
         )
@@ -3302,7 +3118,7 @@ class Command:
         if alone:
             studio.deadline = deadline
         else:
-            self.view.expect(len(clips))
+            self.view.clips = len(clips)
         todo = []
         for clip in clips:
             if clip.error or (clip.state == DONE and not (alone or is_stale(clip))):
@@ -3317,15 +3133,9 @@ class Command:
 
     def show_plan(self, clips: Sequence[Clip]) -> int:
         """The answer to --dry-run; the exit status."""
-        unit = self.studio.api.unit
-        ask = self.studio.api.balance
-        balance = self.studio.balance or self.studio.tolerant(ask, "the balance")
-        if unknown := [clip for clip in clips if clip.due is None]:
-            self.studio.tell_unknown(unknown, None)
-        if not self.args.json:
-            columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
-            left = amount(balance.remaining, balance.unit) if balance else "?"
-            self.view.result(table(clips, left, unit, columns))
+        studio, unit = self.studio, self.studio.api.unit
+        balance = studio.balance or studio.tolerant(studio.api.balance, "the balance")
+        studio.tell_unknown(clips)
         for clip in clips if self.args.json else ():
             self.view.result(json.dumps({
                 "name": clip.name, "state": clip.state, "seconds": clip.seconds,
@@ -3333,6 +3143,10 @@ class Command:
                 "unit": unit, "error": explain(clip.error) if clip.error else None,
                 "balance": balance and balance.remaining,
             }))
+        if not self.args.json:
+            columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
+            left = amount(balance.remaining, balance.unit) if balance else "?"
+            self.view.result(table(clips, left, unit, columns))
         return int(any(clip.error for clip in clips))
 
     def make(self, clip: Clip) -> None:
@@ -3349,7 +3163,7 @@ class Command:
         """One clip is done, or has failed. What was there before is not worth a line."""
         view = self.view
         view.leave(clip.name)
-        view.count(bool(clip.error))
+        view.done, view.failed = view.done + 1, view.failed + bool(clip.error)
         if clip.error and view.clips:
             view.say(f"{clip.name}: failed")  # the reason comes at the end
         elif not clip.error and clip.state != DONE:
@@ -3394,9 +3208,10 @@ PAUSES_S = (15.0, 300.0)  # between two tries: the first and the longest
 class Wait:
     """When something is tried (again), and what was said of it; `sign`: how its files look."""
 
+    tries, busy = 0, False
+
     def __init__(self, sign: str = "", due: float = 0.0, why: str = "") -> None:
-        self.sign, self.due, self.why = sign, due, why
-        self.since, self.tries, self.busy = time.monotonic(), 0, False
+        self.sign, self.due, self.why, self.since = sign, due, why, time.monotonic()
 
     def later(self) -> None:
         """The next pause: the same for a while, then twice as long each time."""
@@ -3480,56 +3295,53 @@ class Watcher:
 
     def work(self, clip: Clip, wait: Wait) -> None:
         """One clip, in a thread of the pool."""
+        studio = self.studio
         try:
-            with self.studio.http.until(time.monotonic() + self.studio.timeout_s):
-                self.studio.plan([clip])
-                self.studio.broke = None
+            with studio.http.until(time.monotonic() + studio.timeout_s):
+                studio.plan([clip])
+                studio.broke = None
                 if not clip.error and clip.state != DONE:
-                    self.studio.afford([clip])
-                    self.studio.make(clip)
+                    studio.afford([clip])
+                    studio.make(clip)
         except Exception as error:
             clip.error = error
         try:
-            self.after(clip, wait)
+            self.after(clip, wait, clip.error)
         finally:
             wait.busy = False
             self.bell.set()  # its files may have changed meanwhile
 
-    def after(self, clip: Clip, wait: Wait) -> None:
+    def after(self, clip: Clip, wait: Wait, error: Exception | None) -> None:
         """What became of a clip: what passes by itself is tried again."""
-        error, before, now = clip.error, wait.why, time.monotonic()
+        before, now = wait.why, time.monotonic()
         self.view.leave(clip.name)
-        young = isinstance(error, Unfinished) and now - wait.since < STUCK_S
-        if young or isinstance(error, Stopped):  # stopped: as the funds are used up just now
+        unfinished = getattr(error, "unfinished", False) and now - wait.since < STUCK_S
+        if unfinished or isinstance(error, Stopped):  # stopped: as the funds are used up just now
             wait.due = now + STILL_S
             return
-        if error:
-            tell_traceback(self.args, self.view, error)
-        if self.is_outage(clip, wait):
+        if self.is_outage(clip, wait, error):
             return
-        wait.why, again = "", False
-        if error:
-            wait.why, again = explain(error), not is_final(clip, error)
+        wait.why = explain(error) if error else ""
+        same = UUID_SHAPE.sub("", wait.why) == UUID_SHAPE.sub("", before)
+        again = error is not None and not is_final(clip, error)
         if again:
             wait.later()
-        if isinstance(error, StillRunning):  # the time has been used already
-            wait.due = now
-        same = UUID_SHAPE.sub("", wait.why) == UUID_SHAPE.sub("", before)
-        news = not same if error else clip.state != DONE
-        if error and news:
+            wait.due = now if isinstance(error, StillRunning) else wait.due  # it has waited
+        if error and not same:
+            tell_traceback(self.args, self.view, error)
             more = "; it is tried again" if again else ""
             self.view.say(f"{clip.name}: failed: {wait.why}{more}")
-        if news and not again:
+        if not again and (not same if error else clip.state != DONE):
             self.command.report(clip)
             self.command.settle([clip])
 
-    def is_outage(self, clip: Clip, wait: Wait) -> bool:
+    def is_outage(self, clip: Clip, wait: Wait, error: Exception | None) -> bool:
         """Whether no clip can be made now, whatever it is: no network, no access, no funds. Its
         beginning and its end are a line each; in it one clip is tried now and then."""
-        error, outage = clip.error, self.outage
         with self.lock:
+            outage = self.outage
             if isinstance(error, HedraError) and (
-                isinstance(error, OutOfCredits) or error.unreachable or error.status == 401
+                isinstance(error, OutOfCredits) or error.is_of_all
             ):
                 if not outage.why:
                     self.view.say(f"{clip.name}: {explain(error)}")
@@ -3686,33 +3498,6 @@ COMMANDS = {  # what each does, and what it is for
     "credits": (cmd_credits, "what the account can spend"),
     "voices": (cmd_voices, "who can speak: name, labels, id"),
 }
-HELP = f"""
-examples:
-  hedra_avatar run --wav hello.wav --img friend.png          -> output/hello.mp4
-  hedra_avatar run --say 'Good morning!' --voice Anna --img friend.png --out morning.mp4
-  hedra_avatar run --say @news.txt --img friend.png --dry-run
-  hedra_avatar batch course --jobs 8 --max-credits 500       (--dry-run: the price list)
-  hedra_avatar watch --img friend.png                        until Ctrl-C
-  hedra_avatar watch /mnt/share/drop --polling
-  hedra_avatar credits --min 100                             exit status 1 if there is less
-  hedra_avatar credits --spent                               by this folder, by month
-  hedra_avatar voices --json
-
-A recording ({" ".join(suffix[1:] for suffix in SOUND_SUFFIXES)}) lasts 0.5 to 600 seconds.
-A clip of a folder is a recording, or a text to be spoken, x.say.txt. Beside x.wav may lie x.png
-(or jpg, jpeg, webp), its portrait, x.txt, its prompt, and x.voice.txt, who speaks. The video is
-output/x.mp4.
-
-environment, or a file named .env in the working directory (a flag wins over both):
-  HEDRA_API_KEY       the key, of either kind
-  FRIEND_IMG          portrait of clips that have none
-  HEDRA_VOICE         who speaks texts, by name or id
-  HEDRA_MODEL_ID, HEDRA_WORKSPACE_ID, HEDRA_BASE_URL, HEDRA_CACHE_DIR (.cache)
-  HEDRA_HTTP_TIMEOUT  seconds without an answer (60)
-  HTTPS_PROXY, ALL_PROXY, NO_PROXY, SSL_CERT_FILE as with curl
-
-exit status: 0 done, 1 something failed, 2 wrong usage, 130 Ctrl-C (129 SIGHUP, 143 SIGTERM).
-A clip is paid for once: run a command again and it takes up where the last one stopped."""
 OUR_FIELDS = (
     "prompt", "text_prompt", "resolution", "aspect_ratio", "start_image", "audio", "audio_id",
     "start_keyframe_id", "type", "generation_id", "idempotency_key", "model_slug", "ai_model_id",
@@ -3798,17 +3583,14 @@ def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
 
 def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     """Every command; given `argv`, with flags for the one named there, which saves time."""
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="hedra_avatar", formatter_class=plain, epilog=HELP,
-        description="Turn a portrait and a voice into a talking-avatar video with Hedra.",
-    )
+    purpose, _, manual = (__doc__ or "").partition("\n\n")
+    style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    style["epilog"] = manual
+    parser = argparse.ArgumentParser(prog="hedra_avatar", description=purpose, **style)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, purpose) in COMMANDS.items():
-        command = commands.add_parser(
-            name, help=purpose, description=purpose, epilog=HELP, formatter_class=plain
-        )
+        command = commands.add_parser(name, help=purpose, description=purpose, **style)
         command.set_defaults(  # where a command has no such flag
             wav="", out="", jobs=1, force=False, dry_run=False, max_credits=None
         )
