@@ -793,6 +793,8 @@ class Clip:
     billed: float | None = None
     error: Exception | None = None
     paid, is_doubtful, warning, spent_s = False, False, "", 0.0
+    shown = note = ""  # in its line of the View; `share` is how far it is in its state, 0..1
+    share: float | None = None
 
     def __init__(self, name: str, target: Path, **wishes: Any) -> None:
         self.name, self.target, self.effort = name, target, dict[str, float]()
@@ -1404,7 +1406,7 @@ class WebApi:
 # ---- jobs API v3: JobsApi, iter_events ----------------------------------------------------------
 
 FIRST_FRAME_S = 10.0  # a stream silent from its start is being buffered by somebody
-QUOTES = 20  # durations that are asked for, before prices are interpolated
+QUOTES = 20  # durations that are asked for, before other prices follow from those
 
 
 def iter_events(blocks: Iterable[bytes]) -> Iterator[tuple[str, str, str]]:
@@ -1557,18 +1559,16 @@ class JobsApi:
 
     def price(self, clip: Clip) -> float | None:
         """Dollars, None where Hedra does not tell before it has the files. After QUOTES durations
-        others are interpolated: a folder would use up the minute's requests."""
+        others are taken from the next longer: a folder would use up the minute's requests."""
         if (at := clip.seconds) is None:
             return None
         wishes = {"duration_ms": round(at * 1000)} if clip.kind == VIDEO else {}
         wishes |= self.body(clip)
         alike = {**wishes, "duration_ms": 0, "prompt": ""}
         known = self.quoted.setdefault(json.dumps([clip.model.id, alike]), {})
-        below, above = [x for x in known if x <= at], [x for x in known if x >= at]
-        if below and above and (at in known or len(known) >= QUOTES):
-            low, high = max(below), min(above)
-            share = (at - low) / (high - low or 1.0)
-            return round(known[low] + share * (known[high] - known[low]), 4)
+        near = min((length for length in known if length >= at), default=0.0)
+        if near == at or (near and len(known) >= QUOTES):
+            return round(known[near] * at / near, 4)
         path = f"/models/{in_path(clip.model.id)}/estimate"
         reply = self.http.call("POST", path, {"input": wishes})
         price = reply.must(reply.number, "cost")
@@ -1633,15 +1633,6 @@ def screen_size() -> os.terminal_size:
     return os.terminal_size((80, 24))
 
 
-class Line(NamedTuple):
-    """What is shown of a clip at work; `share` is how far it is in its state, 0..1."""
-
-    since: float
-    state: str = ""
-    note: str = ""
-    share: float | None = None
-
-
 class View:
     """Where progress goes: nowhere, into a log with a plain line for each change of a state, or
     onto a terminal, with a line for each clip at work above one for the whole batch."""
@@ -1652,7 +1643,8 @@ class View:
 
     def __init__(self, where: Literal["", "log", "terminal"] = "", verbose: int = 0) -> None:
         self.where, self.verbose, self.lock = where, verbose, threading.RLock()
-        self.lines, self.closed, self.begun = dict[str, Line](), threading.Event(), time.monotonic()
+        self.lines, self.closed = dict[Clip, float](), threading.Event()  # since when
+        self.batch, self.begun = Clip("", Path()), time.monotonic()
         if where == "terminal":
             self.tqdm, self.trim = need("tqdm").tqdm, need("tqdm.utils").disp_trim
             threading.Thread(target=self.tick, daemon=True).start()
@@ -1677,36 +1669,35 @@ class View:
         self.deaf |= not self.over(sys.stdout, f"{text}\n")
 
     def state(
-        self, clip: str, state: str, detail: str = "", note: str = "", share: float | None = None
+        self, clip: Clip, state: str, detail: str = "", note: str = "", share: float | None = None
     ) -> None:
         """A clip is in a state, or further in it; a `note`, such as its price, stays beside it."""
         with self.lock:
-            old = self.lines.get(clip) or Line(time.monotonic())
-            self.lines[clip] = Line(old.since, state, note or old.note, share)
-            if old.state != state and (self.where == "log" or self.verbose):
-                self.say(f"{clip}: {state}" + (f" ({detail})" if detail else ""))
+            self.lines.setdefault(clip, time.monotonic())
+            old, clip.shown, clip.note, clip.share = clip.shown, state, note or clip.note, share
+            if old != state and (self.where == "log" or self.verbose):
+                self.say(f"{clip.name}: {state}" + (f" ({detail})" if detail else ""))
             self.draw()
 
-    def move(self, clip: str, count: int, total: int) -> None:
+    def move(self, clip: Clip, count: int, total: int) -> None:
         """So many more bytes, of a `total` (0: nobody knows), of what the clip's state is about."""
         with self.lock:
-            if total and (line := self.lines.get(clip)):
-                share = min(1.0, (line.share or 0.0) + count / total)
-                self.lines[clip] = line._replace(share=share)
+            if total:
+                clip.share = min(1.0, (clip.share or 0.0) + count / total)
 
-    def leave(self, clip: str) -> None:
+    def leave(self, clip: Clip) -> None:
         """A clip is no longer at work."""
         with self.lock:
             self.lines.pop(clip, None)
             self.draw()
 
-    def row(self, name: str, line: Line, columns: int) -> str:
+    def row(self, clip: Clip, since: float, columns: int) -> str:
         """A line with its clock and, where it is known how far it is, a bar; cut to the width."""
-        name = f"{self.trim(printable(name), max(12, columns - 45))}: " if name else ""
-        bar = "" if line.share is None else " {percentage:3.0f}%|{bar}|"
+        name = f"{self.trim(printable(clip.name), max(12, columns - 45))}: " if clip.name else ""
+        bar = "" if clip.share is None else " {percentage:3.0f}%|{bar}|"
         text = self.tqdm.format_meter(
-            line.share or 0.0, 1, time.monotonic() - line.since, ncols=columns, unit=line.note,
-            prefix=name + line.state, bar_format="{desc}" + bar + "  {unit}  {elapsed}",
+            clip.share or 0.0, 1, time.monotonic() - since, ncols=columns, unit=clip.note,
+            prefix=name + clip.shown, bar_format="{desc}" + bar + "  {unit}  {elapsed}",
             ascii=not str(getattr(sys.stderr, "encoding", "")).lower().startswith("utf"),
         )
         return str(self.trim(text, columns))
@@ -1715,14 +1706,14 @@ class View:
         """Draw the moving lines, as many as fit, or take them off the terminal."""
         if self.where != "terminal" or self.closed.is_set():
             return
-        (columns, room), lines = screen_size(), [*self.lines.items()]
+        (columns, room), lines, batch = screen_size(), [*self.lines.items()], self.batch
         if self.clips:
             failures = f"{self.failed} failed" * bool(self.failed)
-            note = ", ".join(word for word in (self.spent, failures) if word)
-            state, share = f"{self.done}/{self.clips} clips", self.done / self.clips
-            lines = [*lines[: max(1, room - 2)], ("", Line(self.begun, state, note, share))]
+            batch.note = ", ".join(word for word in (self.spent, failures) if word)
+            batch.shown, batch.share = f"{self.done}/{self.clips} clips", self.done / self.clips
+            lines = [*lines[: max(1, room - 2)], (batch, self.begun)]
         lines = [] if erase else lines[: max(1, room - 1)]
-        rows = [self.row(*line, max(20, columns - 1)) for line in lines]
+        rows = [self.row(clip, since, max(20, columns - 1)) for clip, since in lines]
         if rows or self.drawn:
             up = f"\r\x1b[{self.drawn}A" if self.drawn else ""
             written(sys.stderr, up + "".join(f"\x1b[2K{row}\n" for row in rows) + "\x1b[J")
@@ -1747,9 +1738,6 @@ def open_view(quiet: bool = False, verbose: int = 0) -> View:
 
 
 # ---- ledger: Record, Ledger ---------------------------------------------------------------------
-
-BUSY = "another process is at work on it"
-
 
 def publish(draft: Path, target: Path, *, sync: bool = True) -> None:
     """Rename a finished file to its place; with `sync` a power cut spares it. Raises OSError."""
@@ -1830,7 +1818,7 @@ class Ledger:
         return record
 
     @contextlib.contextmanager
-    def own(self, name: str, waiting: Callable[[], object] | str = BUSY) -> Iterator[None]:
+    def own(self, name: str, waiting: Callable[[], object] | str) -> Iterator[None]:
         """Be the only one who has that name. Who comes second waits and calls `waiting` meanwhile,
         or, where that is a text, gets an InputError of it. The kernel frees it with its owner."""
         import fcntl
@@ -1906,38 +1894,14 @@ class Ledger:
     def is_ours(self, file: Path) -> bool:
         """Whether a file is the result of any take."""
         digest = video_digest(file).encode()
-        return any(digest in path.read_bytes() for path in self.paths("clips"))
+        return any(digest in path.read_bytes() for path in self.clips())
 
-    def paths(self, kind: str) -> list[Path]:
-        """All records of a kind."""
-        return sorted((self.folder / kind).glob("*.json"))
+    def clips(self) -> list[Path]:
+        """The records of all takes."""
+        return sorted((self.folder / "clips").glob("*.json"))
 
 
-# ---- waiting and downloading: await_end, Download -----------------------------------------------
-
-def await_end(
-    api: Api, generation_id: str, name: str, view: View, interval_s: float, grace_s: float
-) -> Status:
-    """Wait until a generation has ended; raises GenerationFailed or StillRunning."""
-    status = Status(QUEUED)
-    with api.http.changed:
-        api.http.waiting += 1
-    try:
-        for status in api.iter_status(generation_id, interval_s, grace_s):
-            view.state(name, status.state, share=status.progress)
-    except StillRunning:
-        text = f"generation {generation_id} is still {status.state} and goes on at Hedra; {LATER}"
-        raise StillRunning(text, generation_id=generation_id) from None
-    finally:
-        with api.http.changed:
-            api.http.waiting, api.http.ended = api.http.waiting - 1, api.http.ended + 1
-            api.http.changed.notify_all()
-    if status.state == FAILED:
-        text = f"Hedra could not make it: {status.failure} [generation {generation_id}]"
-        evidence = {"transient": status.transient, "cost": status.cost}
-        raise GenerationFailed(text, generation_id=generation_id, **evidence)
-    return status
-
+# ---- downloading: hidden, Download --------------------------------------------------------------
 
 def hidden(target: Path, of: str = "") -> Path:
     """A hidden file beside a target, with a name that is short however long the target's is."""
@@ -1945,28 +1909,25 @@ def hidden(target: Path, of: str = "") -> Path:
 
 
 class Download:
-    """Brings the result of a generation to `target`, whole and synced, or not at all. It grows in
-    a hidden file for the owner of the target alone; the ETag that it began with is in `memo`, the
-    record of its take."""
+    """Brings what was made for a clip to its target, whole and synced, or not at all. It grows in
+    a hidden file for the owner of the target alone; the ETag that it began with is in the record
+    of the take. `inspect` says what a file is, None where it is not whole."""
 
     def __init__(
-        self, api: Api, generation_id: str, target: Path, memo: Record, *, interval_s: float,
-        moved: Callable[[int, int], object], inspect: Callable[[Path], Media | None] = inspect_film,
-        kind: str = VIDEO,
+        self, api: Api, clip: Clip, view: View, inspect: Callable[[Path], Media | None]
     ) -> None:
-        self.api, self.http, self.generation_id, self.kind = api, api.http, generation_id, kind
-        self.target, self.memo, self.interval_s = target, memo, interval_s
-        self.moved, self.inspect, self.path = moved, inspect, hidden(target, generation_id)
+        self.api, self.http, self.clip, self.view, self.inspect = api, api.http, clip, view, inspect
+        self.path = hidden(clip.target, clip.generation_id)
 
-    def run(self, url: str) -> Media:
+    def run(self, url: str, interval_s: float) -> Media:
         """What came; takes up what was cut, asks for a fresh address where one has expired. Raises
         ApiError after TRIES in a row that got no further, OSError on a full disk."""
         failures, furthest = 0, 0
         with self.path.open("ab") as self.file:
             while True:
                 try:
-                    found = self.fetch(url or self.fresh_address())
-                    publish(self.path, self.target)
+                    found = self.fetch(url or self.fresh_address(interval_s))
+                    publish(self.path, self.clip.target)
                     return found
                 except ApiError as error:
                     failures = 1 if self.file.tell() > furthest + PROGRESS_BYTES else failures + 1
@@ -1978,20 +1939,20 @@ class Download:
                     self.http.sleep(wait_s)
                     url = "" if error.code == "ADDRESS" else url  # it was answered by another thing
 
-    def fresh_address(self) -> str:
+    def fresh_address(self, interval_s: float) -> str:
         """A new address of a finished result; Hedra may need a moment to have one."""
         for _ in range(10):
-            if url := self.api.result(self.generation_id, self.kind).url:
+            if url := self.api.result(self.clip.generation_id, self.clip.kind).url:
                 return url
-            self.http.sleep(self.interval_s)
-        text = f"Hedra gives no address for the finished generation {self.generation_id}; {LATER}"
-        raise ApiError(text, retryable=True, generation_id=self.generation_id)
+            self.http.sleep(interval_s)
+        text = f"Hedra gives no address for the finished generation {self.clip.generation_id}"
+        raise ApiError(f"{text}; {LATER}", retryable=True)
 
     def restart(self, etag: str = "") -> None:
         """Begin again from nothing, with a strong ETag or none."""
         self.file.seek(0)
         self.file.truncate()
-        self.memo.save(etag="" if etag.startswith("W/") else etag)
+        self.clip.record.save(etag="" if etag.startswith("W/") else etag)
 
     def begin(self, response: urllib3.BaseHTTPResponse) -> int:
         """Get ready for an answer's body; the file's length, 0 if unknown. Raises ApiError."""
@@ -2016,7 +1977,7 @@ class Download:
         since, mark = time.monotonic(), self.file.tell()
         for block in self.http.blocks(response, "the download"):
             self.file.write(block)
-            self.moved(len(block), total)
+            self.view.move(self.clip, len(block), total)
             if (size := self.file.tell()) >= mark + PROGRESS_BYTES:
                 since, mark = time.monotonic(), size
             elif time.monotonic() - since > self.http.account.silence_s:
@@ -2029,14 +1990,14 @@ class Download:
 
     def fetch(self, url: str) -> Media:
         """One request for what is lacking; what `inspect` found in the whole. Raises ApiError."""
-        if not (etag := self.memo.text("etag")):  # nothing would tell that the rest fits
+        if not (etag := self.clip.record.text("etag")):  # nothing would tell that the rest fits
             self.restart()
         size = self.file.tell()
         headers = {"Range": f"bytes={size}-", "If-Range": etag} if size else {}
         response = self.http.fetch(url, headers)
         try:
             total = self.begin(response)
-            self.moved(self.file.tell(), total)
+            self.view.move(self.clip, self.file.tell(), total)
             if response.status != 416:
                 self.receive(response, total)
         finally:
@@ -2051,10 +2012,7 @@ class Download:
         raise ApiError(f"{text}: {LATER}", retryable=True, code="ADDRESS")
 
 
-# ---- library, step by step: connect, create_asset, upload_asset, upload, get_default_model_id ---
-
-Environ = Mapping[str, str] | None
-
+# ---- making a clip: find_model, Studio ----------------------------------------------------------
 
 def find_model(
     api: Api, asked: str = "", *, kind: str = VIDEO, max_age_s: float = math.inf,
@@ -2080,110 +2038,6 @@ def find_model(
         memo.save()
     return model
 
-
-@functools.lru_cache(maxsize=8)
-def connected(account: Account) -> Api:
-    """One connection pool an account."""
-    return api_for(Transport(account))
-
-
-def connect(api_key: str, environ: Environ = None) -> Api:
-    """The API that a key belongs to. Raises InputError for a key or setting that cannot be right.
-    `environ`, here and below: where HEDRA_ variables are read, os.environ unless given."""
-    return connected(open_account(api_key, environ))
-
-
-def create_asset(name: str, kind: Kind, api_key: str, *, environ: Environ = None) -> str:
-    """Make the record that a file is then uploaded to; its id. Web API (v2). Raises ApiError."""
-    return connect(api_key, environ).create_asset(name, kind)
-
-
-def upload_asset(asset_id: str, file: Path, api_key: str, *, environ: Environ = None) -> None:
-    """Send a file's bytes to an asset, streamed. Web API (v2). Raises ApiError, InputError."""
-    connect(api_key, environ).upload_asset(asset_id, Path(file), lambda count: None)
-
-
-def upload(file: Path, kind: Kind, api_key: str, *, environ: Environ = None) -> str:
-    """Hand a file to Hedra; the reference that start_generation takes, with either kind of key:
-    an asset's id (v2), or a handle that lapses after an hour (v3). Raises ApiError, InputError."""
-    inspect_file(Path(file), kind)
-    return connect(api_key, environ).upload(Path(file), kind, lambda count: None)[0]
-
-
-def get_default_model_id(api_key: str, *, environ: Environ = None) -> str:
-    """HEDRA_MODEL_ID if set, else Character 3's id (or slug) from `.cache/model_id` or, looked up,
-    from the catalogue. Raises HedraError with the models that would do where it has none."""
-    asked = setting(os.environ if environ is None else environ, "HEDRA_MODEL_ID")
-    return asked or find_model(connect(api_key, environ)).id
-
-
-def start_generation(
-    image_id: str, audio_id: str, prompt: str, api_key: str, model_id: str | None = None, *,
-    resolution: str = "540p", aspect_ratio: str = "9:16", generation_id: str = "",
-    settings: Mapping[str, Any] | None = None, environ: Environ = None,
-) -> str:
-    """Start a generation and pay for it; its id. The bare call: twice is two generations, unless
-    `generation_id` is given (v2: a UUID that becomes the id; v3: an idempotency key). `settings`
-    go as they are beside the prompt. Raises ApiError (`ambiguous` where it may have been carried
-    out all the same), OutOfCredits."""
-    api = connect(api_key, environ)
-    if not prompt.strip():
-        raise InputError("the prompt is blank: say in a few words what the person does")
-    name = model_id or get_default_model_id(api_key, environ=environ)
-    known = find_model(api, name if api.replays else "", known_only=True)
-    clip = Clip(
-        "", Path(), prompt=prompt, resolution=resolution, aspect_ratio=aspect_ratio,
-        settings=settings or {}, reserved=generation_id,
-        model=known if api.replays or name in (known.id, known.slug) else Model(name),
-    )
-    clip.record.values |= {"image": image_id, "audio": audio_id}
-    return api.submit(clip)
-
-
-def wait_and_download(
-    generation_id: str, out_dir: Path, api_key: str, timeout: int = 300, *,
-    poll_interval: float = 5.0, name: str = "", view: View | None = None, environ: Environ = None,
-) -> Path:
-    """Wait for a generation, at most `timeout` seconds with a look every `poll_interval` seconds,
-    and download it to `out_dir`/`name`.mp4 (default: its id), the path; a terminal shows how far it
-    is. Raises GenerationFailed, StillRunning (a TimeoutError: nothing is lost), ApiError."""
-    api = connect(api_key, environ)
-    target = Path(out_dir) / ((name or re.sub(r"[^\w.-]", "_", generation_id)) + ".mp4")
-    view = view or open_view(quiet=not (sys.stderr and sys.stderr.isatty()))
-    ledger, label = Ledger(api.http.account.cache, api.http.sleep, view.say), target.stem
-    memo = ledger.load("parts", digest_of(os.path.abspath(target), generation_id))
-    try:
-        with api.http.until(time.monotonic() + timeout):
-            status = await_end(api, generation_id, label, view, poll_interval, GRACE_S)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            view.state(label, "downloading", printable(target))
-            with ledger.own(f"target {os.path.abspath(target)}", lambda: None):
-                Download(
-                    api, generation_id, target, memo, interval_s=poll_interval,
-                    moved=functools.partial(view.move, label),
-                ).run(status.url)
-        memo.path.unlink(missing_ok=True)
-    finally:
-        view.close()
-    return target
-
-
-def get_balance(api_key: str, *, environ: Environ = None) -> Balance:
-    """What the account can spend, in its unit: credits (v2), US dollars (v3). Raises ApiError."""
-    return connect(api_key, environ).balance()
-
-
-def get_credit_balance(api_key: str, *, environ: Environ = None) -> int:
-    """Credits left (v2); with a v3 key the whole dollars in the wallet: see get_balance."""
-    return int(get_balance(api_key, environ=environ).remaining)
-
-
-def get_voices(api_key: str, *, speech_model: str = "", environ: Environ = None) -> list[Voice]:
-    """Who can speak (v3: with `speech_model`): id, name, labels, preview_url. Raises ApiError."""
-    return connect(api_key, environ).voices(speech_model)
-
-
-# ---- making a clip: Studio, make_video, make_speech ---------------------------------------------
 
 class Studio:
     """All that the clips of a command have in common, and the verbs over them: plan, afford,
@@ -2511,7 +2365,7 @@ class Studio:
         """Nobody else works on this clip, nor on a video of that name."""
         name, target = printable(clip.target), os.path.abspath(clip.target)
         busy = f"{name} is being written by another process, for another clip; nothing was paid"
-        waiting = functools.partial(self.view.state, clip.name, "waiting", "it is made elsewhere")
+        waiting = functools.partial(self.view.state, clip, "waiting", "it is made elsewhere")
         with (
             self.ledger.own(f"clip {clip.key}", waiting),
             self.ledger.own(f"target {target}", f"{busy}: give this one another --out"),
@@ -2554,7 +2408,7 @@ class Studio:
             error.args = (f"its speech: {error}",)
             raise
         finally:
-            self.view.leave(speech.name)
+            self.view.leave(speech)
             clip.effort |= speech.effort
         speech.state = DONE
         self.hear(clip, speech)
@@ -2609,8 +2463,8 @@ class Studio:
             return ref
         image = kind == "image"
         what, media = ("portrait", clip.portrait) if image else ("recording", clip.recording)
-        self.view.state(clip.name, f"uploading {what}", f"{media.size_bytes / 1e6:.1f} MB")
-        moved = functools.partial(self.view.move, clip.name, total=media.size_bytes)
+        self.view.state(clip, f"uploading {what}", f"{media.size_bytes / 1e6:.1f} MB")
+        moved = functools.partial(self.view.move, clip, total=media.size_bytes)
         ref, lapses = self.api.upload(file, kind, moved)
         if self.ledger.media(file, kind).digest != media.digest:
             raise InputError(f"{printable(file)} changed while it was sent; nothing was paid")
@@ -2643,7 +2497,7 @@ class Studio:
                     if error.ambiguous:
                         error.add(f"{how}same command again, and it looks before it pays")
                     raise
-                self.view.state(clip.name, "submitting again", f"after: {error.words or error}")
+                self.view.state(clip, "submitting again", f"after: {error.words or error}")
                 self.http.count("retries")
                 self.http.sleep(wait_s)
 
@@ -2662,7 +2516,7 @@ class Studio:
                     if error.ambiguous or (error.retry_after or 0.0) >= http.longest_s():
                         raise
                     refusals += 1
-                    self.view.state(clip.name, "waiting for a place", error.words)
+                    self.view.state(clip, "waiting for a place", error.words)
                     http.count("retries")
                     of_rate = re.search(r"\brate\b|\brequests\b", error.words.lower())
                     if of_rate or not http.waiting:  # alone, and refused: it is the rate
@@ -2707,7 +2561,7 @@ class Studio:
                 return found
             if time.monotonic() - first >= GRACE_S or self.http.left_s() <= 0:
                 break
-            self.view.state(clip.name, "looking", "was the submit carried out?")
+            self.view.state(clip, "looking", "was the submit carried out?")
             self.http.sleep(pause_s)
             pause_s = min(3.0, 2 * pause_s)
         return ""
@@ -2726,7 +2580,7 @@ class Studio:
                 self.view.spent = amount(self.spent, self.api.unit)
             cost = f"about {amount(clip.price, self.api.unit)}"
             detail = f"generation {generation_id}, {cost}"
-            self.view.state(clip.name, "submitted", detail, note=cost)
+            self.view.state(clip, "submitted", detail, note=cost)
 
     # -- collect: wait for a generation and fetch what it made
 
@@ -2735,33 +2589,53 @@ class Studio:
         url = ""
         if not clip.paid:
             detail = f"generation {clip.generation_id}, already paid"
-            self.view.state(clip.name, "found", detail, note="already paid")
+            self.view.state(clip, "found", detail, note="already paid")
         if clip.record.text("state") != "done":
             with clip.timed("waiting"):
-                status = self.await_end(clip)
-            url, clip.billed = status.url, status.cost
-            if clip.billed is not None:
-                clip.record.save(billed=clip.billed)
+                url = self.await_end(clip).url
         with clip.timed("downloading"):
             self.fetch(clip, url)
 
     def await_end(self, clip: Clip) -> Status:
-        """Wait for the end; a generation that is not known leads back to what was reserved."""
-        wait = functools.partial(await_end, self.api, name=clip.name, view=self.view)
-        for grace_s in (0.0, GRACE_S):
+        """Wait for the end; a generation that is not known leads back to what was reserved. Raises
+        GenerationFailed, StillRunning."""
+        try:
+            status = self.watch(clip, 0.0)
+        except ApiError as error:
+            if error.status not in (400, 404, 422) or error.ambiguous:
+                raise self.gone(clip, error) from error
+            if clip.reserved:
+                self.trace(clip)  # 400 and 422 are of an id that could be none of Hedra's
             try:
-                return wait(clip.generation_id, interval_s=self.interval_s, grace_s=grace_s)
-            except GenerationFailed as error:
-                clip.billed = error.cost
-                clip.record.values |= {"transient": error.transient, "billed": error.cost}
-                clip.record.save(state="refused", reason=str(error))
-                raise
-            except ApiError as error:
-                # 400 and 422 are of an id that could be none of Hedra's.
-                if error.status not in (400, 404, 422) or error.ambiguous or grace_s:
-                    raise self.gone(clip, error) from error
-                self.trace(clip)
-        raise AssertionError("the loop returns or raises")
+                status = self.watch(clip, GRACE_S)
+            except ApiError as again:
+                raise self.gone(clip, again) from again
+        clip.billed = status.cost
+        if status.cost is not None:
+            clip.record.save(billed=status.cost)
+        if status.state == FAILED:
+            text = f"Hedra could not make it: {status.failure} [generation {clip.generation_id}]"
+            clip.record.save(state="refused", reason=text, transient=status.transient)
+            evidence = {"transient": status.transient, "cost": status.cost}
+            raise GenerationFailed(text, generation_id=clip.generation_id, **evidence)
+        return status
+
+    def watch(self, clip: Clip, grace_s: float) -> Status:
+        """Look at a generation until it has ended; raises StillRunning, ApiError."""
+        name, status, http = clip.generation_id, Status(QUEUED), self.http
+        with http.changed:
+            http.waiting += 1
+        try:
+            for status in self.api.iter_status(name, self.interval_s, grace_s):
+                self.view.state(clip, status.state, share=status.progress)
+            return status
+        except StillRunning:
+            text = f"generation {name} is still {status.state} and goes on at Hedra; {LATER}"
+            raise StillRunning(text, generation_id=name) from None
+        finally:
+            with http.changed:
+                http.waiting, http.ended = http.waiting - 1, http.ended + 1
+                http.changed.notify_all()
 
     def trace(self, clip: Clip) -> None:
         """Hedra does not know the id that it answered the submit with, or not yet: find the one
@@ -2791,7 +2665,7 @@ class Studio:
         """Bring the result to its place: from this disk if it is there, else from Hedra. A full or
         read-only disk is told as what it is."""
         target, record = clip.target, clip.record
-        self.view.state(clip.name, "downloading", printable(target))
+        self.view.state(clip, "downloading", printable(target))
         try:
             if there := self.ledger.find(record, target):
                 copy_file(there, target)
@@ -2825,10 +2699,7 @@ class Studio:
                 raise InputError(f"{text} origin): it is left as it is; give another --out")
             return found
 
-        film = Download(
-            self.api, clip.generation_id, clip.target, clip.record, kind=clip.kind, inspect=inspect,
-            moved=functools.partial(self.view.move, clip.name), interval_s=self.interval_s,
-        ).run(url)
+        film = Download(self.api, clip, self.view, inspect).run(url, self.interval_s)
         if not film.has_sound:
             clip.warning = "the video has no sound track; it is kept"
         elif length and film.seconds and abs(film.seconds - length) > 1 + 0.05 * length:
@@ -2862,6 +2733,23 @@ def copy_file(source: Path, target: Path) -> None:
         part.unlink(missing_ok=True)
 
 
+# ---- library: make_video, make_speech; step by step: create_asset, upload_asset, upload, ... -----
+
+Environ = Mapping[str, str] | None
+
+
+@functools.lru_cache(maxsize=8)
+def connected(account: Account) -> Api:
+    """One connection pool an account."""
+    return api_for(Transport(account))
+
+
+def connect(api_key: str, environ: Environ = None) -> Api:
+    """The API that a key belongs to. Raises InputError for a key or setting that cannot be right.
+    `environ`, here and below: where HEDRA_ variables are read, os.environ unless given."""
+    return connected(open_account(api_key, environ))
+
+
 def make_one(studio: Studio, clip: Clip) -> Path:
     """Plan, afford, make: one clip for a program that calls."""
     studio.deadline = time.monotonic() + studio.timeout_s
@@ -2876,7 +2764,7 @@ def make_one(studio: Studio, clip: Clip) -> Path:
     except OSError as error:
         raise error if isinstance(error, HedraError) else HedraError(explain(error)) from error
     finally:
-        studio.view.leave(clip.name)
+        studio.view.leave(clip)
     return clip.target
 
 
@@ -2919,6 +2807,92 @@ def make_speech(
     )
     speech = Clip(Path(out).stem, Path(out), prompt=text.strip(), kind=SPEECH, voice=voice.strip())
     return make_one(studio, speech)
+
+
+def create_asset(name: str, kind: Kind, api_key: str, *, environ: Environ = None) -> str:
+    """Make the record that a file is then uploaded to; its id. Web API (v2). Raises ApiError."""
+    return connect(api_key, environ).create_asset(name, kind)
+
+
+def upload_asset(asset_id: str, file: Path, api_key: str, *, environ: Environ = None) -> None:
+    """Send a file's bytes to an asset, streamed. Web API (v2). Raises ApiError, InputError."""
+    connect(api_key, environ).upload_asset(asset_id, Path(file), lambda count: None)
+
+
+def upload(file: Path, kind: Kind, api_key: str, *, environ: Environ = None) -> str:
+    """Hand a file to Hedra; the reference that start_generation takes, with either kind of key:
+    an asset's id (v2), or a handle that lapses after an hour (v3). Raises ApiError, InputError."""
+    inspect_file(Path(file), kind)
+    return connect(api_key, environ).upload(Path(file), kind, lambda count: None)[0]
+
+
+def get_default_model_id(api_key: str, *, environ: Environ = None) -> str:
+    """HEDRA_MODEL_ID if set, else Character 3's id (or slug) from `.cache/model_id` or, looked up,
+    from the catalogue. Raises HedraError with the models that would do where it has none."""
+    asked = setting(os.environ if environ is None else environ, "HEDRA_MODEL_ID")
+    return asked or find_model(connect(api_key, environ)).id
+
+
+def start_generation(
+    image_id: str, audio_id: str, prompt: str, api_key: str, model_id: str | None = None, *,
+    resolution: str = "540p", aspect_ratio: str = "9:16", generation_id: str = "",
+    settings: Mapping[str, Any] | None = None, environ: Environ = None,
+) -> str:
+    """Start a generation and pay for it; its id. The bare call: twice is two generations, unless
+    `generation_id` is given (v2: a UUID that becomes the id; v3: an idempotency key). `settings`
+    go as they are beside the prompt. Raises ApiError (`ambiguous` where it may have been carried
+    out all the same), OutOfCredits."""
+    api = connect(api_key, environ)
+    if not prompt.strip():
+        raise InputError("the prompt is blank: say in a few words what the person does")
+    name = model_id or get_default_model_id(api_key, environ=environ)
+    known = find_model(api, name if api.replays else "", known_only=True)
+    clip = Clip(
+        "", Path(), prompt=prompt, resolution=resolution, aspect_ratio=aspect_ratio,
+        settings=settings or {}, reserved=generation_id,
+        model=known if api.replays or name in (known.id, known.slug) else Model(name),
+    )
+    clip.record.values |= {"image": image_id, "audio": audio_id}
+    return api.submit(clip)
+
+
+def wait_and_download(
+    generation_id: str, out_dir: Path, api_key: str, timeout: int = 300, *,
+    poll_interval: float = 5.0, name: str = "", view: View | None = None, environ: Environ = None,
+) -> Path:
+    """Wait for a generation, at most `timeout` seconds with a look every `poll_interval` seconds,
+    and download it to `out_dir`/`name`.mp4 (default: its id), the path; a terminal shows how far it
+    is. Raises GenerationFailed, StillRunning (a TimeoutError: nothing is lost), ApiError."""
+    target = Path(out_dir) / ((name or re.sub(r"[^\w.-]", "_", generation_id)) + ".mp4")
+    view = view or open_view(quiet=not (sys.stderr and sys.stderr.isatty()))
+    studio = Studio(connect(api_key, environ), view, interval_s=poll_interval)
+    clip, key = Clip(target.stem, target), digest_of(os.path.abspath(target), generation_id)
+    clip.record = studio.ledger.load("parts", key)
+    clip.record.values |= {"generation_id": generation_id, "state": "submitted"}
+    try:
+        with studio.http.until(time.monotonic() + timeout):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with studio.ledger.own(f"target {os.path.abspath(target)}", lambda: None):
+                studio.collect(clip)
+        clip.record.path.unlink(missing_ok=True)
+    finally:
+        view.close()
+    return target
+
+
+def get_balance(api_key: str, *, environ: Environ = None) -> Balance:
+    """What the account can spend, in its unit: credits (v2), US dollars (v3). Raises ApiError."""
+    return connect(api_key, environ).balance()
+
+
+def get_credit_balance(api_key: str, *, environ: Environ = None) -> int:
+    """Credits left (v2); with a v3 key the whole dollars in the wallet: see get_balance."""
+    return int(get_balance(api_key, environ=environ).remaining)
+
+
+def get_voices(api_key: str, *, speech_model: str = "", environ: Environ = None) -> list[Voice]:
+    """Who can speak (v3: with `speech_model`): id, name, labels, preview_url. Raises ApiError."""
+    return connect(api_key, environ).voices(speech_model)
 
 
 # ---- folders: clip_of, folder_clips, table, Command ---------------------------------------------
@@ -3108,10 +3082,11 @@ class Command:
         studio, args, deadline = self.studio, self.args, time.monotonic() + self.args.timeout
         alone = args.command == "run"  # as make runs it, which wants a new time whatever the reason
         with studio.http.until(deadline):
+            start = Clip(args.command, Path())
             if self.view.where == "terminal":
-                self.view.state(args.command, "looks at files and prices")
+                self.view.state(start, "looks at files and prices")
             studio.plan(clips)
-            self.view.leave(args.command)
+            self.view.leave(start)
             if args.dry_run:
                 return self.show_plan(clips)
             studio.afford(clips, args.max_credits)
@@ -3162,7 +3137,7 @@ class Command:
     def report(self, clip: Clip) -> None:
         """One clip is done, or has failed. What was there before is not worth a line."""
         view = self.view
-        view.leave(clip.name)
+        view.leave(clip)
         view.done, view.failed = view.done + 1, view.failed + bool(clip.error)
         if clip.error and view.clips:
             view.say(f"{clip.name}: failed")  # the reason comes at the end
@@ -3314,7 +3289,7 @@ class Watcher:
     def after(self, clip: Clip, wait: Wait, error: Exception | None) -> None:
         """What became of a clip: what passes by itself is tried again."""
         before, now = wait.why, time.monotonic()
-        self.view.leave(clip.name)
+        self.view.leave(clip)
         unfinished = getattr(error, "unfinished", False) and now - wait.since < STUCK_S
         if unfinished or isinstance(error, Stopped):  # stopped: as the funds are used up just now
             wait.due = now + STILL_S
@@ -3443,7 +3418,7 @@ def cmd_watch(command: Command) -> int:
 def show_spent(ledger: Ledger, view: View, *, as_json: bool) -> int:
     """What this cache's ledger says was paid: a line for each month and unit."""
     months: dict[tuple[str, str], dict[str, Any]] = {}
-    for take in (ledger.load("clips", path.stem) for path in ledger.paths("clips")):
+    for take in (ledger.load("clips", path.stem) for path in ledger.clips()):
         at, name = take.number("submitted_at"), take.text("generation_id")
         if not name or at is None:
             continue
