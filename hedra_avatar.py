@@ -96,7 +96,7 @@ CONNECT_TIMEOUT_S = 10.0
 SILENCE_TIMEOUT_S = 60.0  # without an answer, or without progress in a download
 TRIES, SUBMIT_TRIES = 5, 6  # of one request, the first included
 PATIENCE = 40  # refusals for rate in a row, where no deadline says when to stop
-POLL_FAILURES = 15  # in a row, before waiting for a generation is given up
+POLL_TRIES = 15  # in a row, before waiting for a generation is given up
 GRACE_S = 30.0  # after a submit, a status of 404 may still mean "not yet"
 FORCE_AFTER_S = 3600.0  # a take in flight that is younger is taken up by --force as well
 KEPT_S = 48 * 3600.0  # so long the jobs API keeps what it has made
@@ -129,7 +129,7 @@ class HedraError(Exception):
     retryable = ambiguous = False  # the same may succeed later; it may have been carried out
     transient = False  # of a failed generation: Hedra says that it may pass
     cost: float | None = None  # of a failed generation: what Hedra has billed
-    unreachable = False  # Hedra could not be reached
+    is_of_all = False  # every clip would meet it now: no network, no access, no funds
     unfinished = False  # of a file: cut short, or still being written
 
     def __init__(self, message: str, **evidence: Any) -> None:
@@ -139,11 +139,6 @@ class HedraError(Exception):
     def add(self, text: str) -> None:
         """Say more."""
         self.args = (f"{self}; {text}",)
-
-    @property
-    def is_of_all(self) -> bool:
-        """Whether it is no clip's fault: every other would meet it as well."""
-        return self.unreachable or self.status == 401
 
 
 class InputError(HedraError):
@@ -164,6 +159,8 @@ class RateLimited(ApiError):
 
 class OutOfCredits(ApiError):
     """The balance does not cover the price. Nothing was paid."""
+
+    is_of_all = True
 
 
 class GenerationFailed(HedraError):
@@ -751,7 +748,7 @@ def parse_error(status: int, headers: Mapping[str, str], text: str, where: str) 
     hints = [hint for pattern, hint in HINTS.items() if re.match(pattern, case, re.DOTALL)][:1]
     return (RateLimited if status == 429 else OutOfCredits if broke else ApiError)(
         "; ".join([said, *hints]), status=status, code=code, words=words, trace_id=trace,
-        retry_after=after,
+        retry_after=after, is_of_all=broke or status == 401,
         # What a gateway says, in words of its own, leaves open what Hedra did.
         ambiguous=not (isinstance(body, dict) and 400 <= status < 500) or status in (408, 409),
         # A 5xx is worth another try whatever it says of itself: the document's own example of a
@@ -955,7 +952,7 @@ def faults(where: str, silence_s: float, proxy: str = "", ours: bool = True) -> 
         elif isinstance(error, u.TimeoutError):
             why = f"no byte came for {silence_s:g} s"
         text, away = f"no answer to {where}: {why}; {LATER}", unsent and ours
-        raise ApiError(text, retryable=True, ambiguous=not unsent, unreachable=away) from None
+        raise ApiError(text, retryable=True, ambiguous=not unsent, is_of_all=away) from None
 
 
 def bounded(pools: Any) -> Any:
@@ -1154,12 +1151,13 @@ class Transport:
         if isinstance(error, RateLimited):
             self.pace.refused(error)
 
-    def repeat(self, attempt: Callable[[], T]) -> T:
+    def repeat(self, attempt: Callable[[], T], tries: int = TRIES, delay: float = 1.0) -> T:
         """Repeat a harmless request: a few times after faults, patiently while refused for rate."""
         again = functools.partial(
-            retry, max_retry_after=math.inf, sleep=self.sleep, on_retry=self.before_retry
+            retry, max_retry_after=math.inf, max_delay=10.0, sleep=self.sleep,
+            on_retry=self.before_retry,
         )
-        return again(ApiError, TRIES, 1)(again(RateLimited, PATIENCE, 0)(attempt))()
+        return again(ApiError, tries, delay)(again(RateLimited, PATIENCE, 0)(attempt))()
 
     def call(self, method: str, path: str, body: Any = None) -> Reply:
         """An API request that may be repeated without harm."""
@@ -1214,25 +1212,22 @@ class Transport:
 def iter_polls(api: Api, name: str, interval_s: float, grace_s: float) -> Iterator[Status]:
     """Looks at a generation until it has ended: it is paid for, so failed polls are only that, and
     a 404 within `grace_s` means "not yet". Raises StillRunning at the thread's deadline."""
-    started, failures, http = time.monotonic(), 0, api.http
-    while True:
-        # All share the pace, and a poll costs two milliseconds of a processor.
-        pause_s = max(interval_s, http.waiting * max(0.02, 1.5 * http.pace.gap_s))
+    started, http = time.monotonic(), api.http
+
+    def look() -> Status:
         try:
-            status = api.look(name)
+            return api.look(name)
         except ApiError as error:
-            early = error.status == 404 and time.monotonic() - started < grace_s
-            failures += not isinstance(error, RateLimited)
-            if not (early or (error.retryable and failures < POLL_FAILURES)):
-                raise
-            http.before_retry(error)
-            pause_s = max(error.retry_after or 0.0, backoff_s(failures, 0.5, cap=10.0))
-        else:
-            failures = 0
-            yield status
-            if status.state in ENDED:
-                return
-        http.sleep(pause_s)
+            error.retryable |= error.status == 404 and time.monotonic() - started < grace_s
+            raise
+
+    while True:
+        status = http.repeat(look, tries=POLL_TRIES, delay=0.5)
+        yield status
+        if status.state in ENDED:
+            return
+        # All share the pace, and a poll costs two milliseconds of a processor.
+        http.sleep(max(interval_s, http.waiting * max(0.02, 1.5 * http.pace.gap_s)))
 
 
 # ---- web API v2: WebApi -------------------------------------------------------------------------
@@ -2098,7 +2093,7 @@ class Studio:
         try:
             yield
         except (HedraError, OSError) as error:
-            if isinstance(error, Stopped) or (isinstance(error, HedraError) and error.is_of_all):
+            if isinstance(error, Stopped) or getattr(error, "is_of_all", False):
                 raise
             clip.error, clip.state = error, BAD
 
@@ -2287,7 +2282,7 @@ class Studio:
         try:
             return call()
         except ApiError as error:
-            if error.is_of_all:
+            if error.is_of_all and not isinstance(error, OutOfCredits):
                 raise
             if what not in self.unread:
                 self.view.say(f"warning: {what} could not be read: {error}")
@@ -2423,12 +2418,10 @@ class Studio:
 
     def about(self, clip: Clip) -> dict[str, Any]:
         """For the person who reads the ledger."""
-        video = clip.kind == VIDEO
         return {
             "clip": printable(clip.audio if clip.audio.name else clip.name), "kind": clip.kind,
-            **({"portrait": printable(clip.image)} if video else {"voice": clip.voice}),
-            "prompt": clip.prompt, "model": self.asked[clip.kind], "account": self.account.id,
-            "unit": self.api.unit,
+            "portrait": printable(clip.image), "voice": clip.voice, "prompt": clip.prompt,
+            "model": self.asked[clip.kind], "account": self.account.id, "unit": self.api.unit,
         }
 
     def prepare(self, clip: Clip) -> None:
@@ -3315,9 +3308,7 @@ class Watcher:
         beginning and its end are a line each; in it one clip is tried now and then."""
         with self.lock:
             outage = self.outage
-            if isinstance(error, HedraError) and (
-                isinstance(error, OutOfCredits) or error.is_of_all
-            ):
+            if error and getattr(error, "is_of_all", False):
                 if not outage.why:
                     self.view.say(f"{clip.name}: {explain(error)}")
                     self.view.say("waiting until that is over; clips that come meanwhile are kept")
