@@ -153,7 +153,9 @@ lint: ## ruff, and mypy --strict
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy --strict hedra_avatar.py sandbox
 # Tests call make themselves: what this call was given is not meant for those.
-test: ## pytest; one test: make test ARGS='-k balance'
-	@unset MAKEFLAGS ARGS; set -x; $(PYTHON) -m pytest -q $(ARGS)
+test: ## pytest, on two cores; one test: make test ARGS='-k balance'
+	@unset MAKEFLAGS ARGS; set -x; $(if $(ARGS),$(PYTHON) -m pytest -q $(ARGS),\
+	  $(PYTHON) -m pytest -q -m second_half & $(PYTHON) -m pytest -q -m 'not second_half'; \
+	  status=$$?; wait $$! && exit $$status)
 clean: ## remove .venv and the tools' caches; videos and the ledger (.cache) stay
 	rm -rf .venv __pycache__ sandbox/__pycache__ .pytest_cache .mypy_cache .ruff_cache

@@ -58,7 +58,7 @@ import tqdm  # noqa: F401  (imported under a frozen clock it would keep it)
 import urllib3
 import watchdog.observers  # noqa: F401
 from pytest_httpserver import HTTPServer
-from werkzeug import Request, Response
+from werkzeug import Request, Response, serving
 
 import hedra_avatar as hedra
 import sandbox.render
@@ -84,6 +84,7 @@ freezegun.configure(default_ignore_list=[*REAL])  # type: ignore[attr-defined]
 if os.access("/dev/shm", os.W_OK):  # half of the time would go into the disk
     os.environ["PYTEST_DEBUG_TEMPROOT"] = tempfile.tempdir = "/dev/shm"
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
+serving.WSGIRequestHandler.protocol_version = "HTTP/1.1"  # a connection is used again
 
 
 # ---- fixtures -----------------------------------------------------------------------------------
@@ -2459,6 +2460,8 @@ def test_a_wrong_value_in_any_answer_is_no_bug_and_no_payment(
 
 # ---- folders ------------------------------------------------------------------------------------
 
+FIRST_HALF = set(globals())  # `make test` runs the two side by side
+
 ROWS = re.compile(r"(?m)^(\S+) +(~?[\d.]*) +(~?[\d.?]*)  (\S.*)$")
 
 
@@ -3598,3 +3601,8 @@ def test_every_resolution_and_ratio_is_rendered_and_the_demo_speaks_over_either_
         assert hedra.inspect_film(folder / f"{resolution} {ratio}.mp4").has_sound
     assert [demo, demo_v3] == [str(folder / name) for name in ("demo.mp4", "demo-v3.mp4")]
     assert all(hedra.inspect_film(Path(name)).has_sound for name in (demo, demo_v3))
+
+
+for name, case in list(globals().items()):
+    if name.startswith("test_") and name not in FIRST_HALF:
+        pytest.mark.second_half(case)
