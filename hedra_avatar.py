@@ -182,7 +182,8 @@ def explain(error: BaseException) -> str:
         return str(error)
     if isinstance(error, OSError):
         name = f"{printable(error.filename)}: " if error.filename else ""
-        return f"{name}{error.strerror or error}; nothing that was paid for is lost"
+        how = "nothing that was paid for is lost: mend that, and run it again"
+        return f"{name}{error.strerror or error}; {how}"
     return f"{type(error).__name__}: {error} (a bug in hedra_avatar; -v shows where)"
 
 
@@ -2480,6 +2481,8 @@ class Studio:
                     return found, lost  # else it was there before this submit
                 if not error.ambiguous and not lost:
                     clip.record.save(state=NEW)
+                    if "nothing was paid" not in str(error):
+                        error.add("nothing was paid")
                 if not renewed and (renewed := self.renew(clip, error)):
                     continue
                 faults += 1
@@ -2972,8 +2975,9 @@ def clip_of(source: Path, args: argparse.Namespace, names: Names, text: str = ""
         resolution=args.resolution, aspect_ratio=args.aspect_ratio,
     )
     if text or source.name.lower().endswith(SAY_SUFFIX):
-        if not (text := text.strip() or read_text(source, TEXT_BYTES)):
-            raise InputError(f"{printable(source)} is blank: there is nothing to say")
+        text = text.strip() or read_text(source, TEXT_BYTES)
+        if not re.search(r"\w", text):
+            raise InputError(f"{printable(source)} is blank, or has no word in it")
         voice = chosen([".voice.txt"], args.voice).strip()
         clip.speech = Clip(f"{name} (speech)", Path(), prompt=text, kind=SPEECH, voice=voice)
         clip.audio = Path()
@@ -3133,7 +3137,8 @@ class Command:
         view.leave(clip)
         view.done, view.failed = view.done + 1, view.failed + bool(clip.error)
         if clip.error and view.clips:
-            view.say(f"{clip.name}: failed")  # the reason comes at the end
+            state = "stopped" if isinstance(clip.error, Stopped) else "failed"
+            view.say(f"{clip.name}: {state}")  # the reason comes at the end
         elif not clip.error and clip.state != DONE:
             view.say(f"{clip.name}: done (in {clip.spent_s:.1f} s)")
         if self.args.verbose > 1 and clip.effort:
@@ -3360,8 +3365,10 @@ def cmd_run(command: Command) -> int:
         if len(name) > 40:  # texts that begin alike are not one video
             name = f"{name[:35].rpartition('-')[0] or name[:35]}-{digest_of(args.say)[:4]}"
         source, text = Path(f"{name}{SAY_SUFFIX}"), args.say
-    if not args.wav and not text.strip():
-        raise InputError("the text is blank: there is nothing to say, and nothing was sent")
+    if not args.wav and not re.search(r"\w", text):
+        raise InputError("the text is blank, or has no word in it: nothing was sent")
+    if args.out and not os.path.basename(args.out):
+        raise InputError(f"--out {printable(args.out)} is a folder: --out-dir takes one")
     names = folder_names(source.parent) if of_file else {}
     return command.batch([clip_of(source, args, names, text)])
 
