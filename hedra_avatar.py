@@ -790,7 +790,7 @@ class Clip:
     price: float | None = None
     billed: float | None = None
     error: Exception | None = None
-    paid, is_doubtful, warning, spent_s = False, False, "", 0.0
+    paid, is_doubtful, is_settled, warning, spent_s = False, False, False, "", 0.0
     shown = note = ""  # in its line of the View; `share` is how far it is in its state, 0..1
     share: float | None = None
 
@@ -1091,7 +1091,7 @@ class Transport:
         """One request to the API, with the key; raises ApiError for any answer but 2xx."""
         key, where = self.account.key, f"{method} {path}".split("?")[0]
         mine = {"Authorization": f"Bearer {key}"} if ":" in key else {"X-API-Key": key}
-        if (wait_s := self.pace.turn()) > self.longest_s():
+        if (wait_s := self.pace.turn()) > max(0.0, self.longest_s()):
             text = f"{where} has to wait {wait_s:.0f} s, and the time ends before"
             text = f"{text}: {self.pace.words}; {LATER}"
             raise RateLimited(text, retryable=True, retry_after=wait_s)
@@ -1753,24 +1753,24 @@ class Record(Reply):
 
     def __init__(self, path: Path, values: Any = None) -> None:
         super().__init__(values, str(path))
-        self.path = path
+        self.path, self.lock = path, threading.Lock()
 
     def save(self, *, sync: bool = False, **changes: Any) -> None:
         """Change some values in one step: who reads it sees the old text or the new; with `sync` a
         power cut spares them. Raises OSError that names the file."""
-        self.values.update(changes)
-        text = json.dumps(self.values, indent=1, ensure_ascii=False) + "\n"
         draft = self.path.with_name(f".{self.path.name}.{os.getpid()}.{threading.get_ident()}")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with draft.open("wb") as stream:
+        with self.lock:
+            self.values.update(changes)
+            text = json.dumps(self.values, indent=1, ensure_ascii=False) + "\n"
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
                 # In JSON such an escape stands for the bytes of a file name that are no UTF-8.
-                stream.write(text.encode("utf-8", "backslashreplace"))
-            publish(draft, self.path, sync=sync)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                draft.unlink(missing_ok=True)
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+                draft.write_bytes(text.encode("utf-8", "backslashreplace"))
+                publish(draft, self.path, sync=sync)
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    draft.unlink(missing_ok=True)
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 @functools.cache
@@ -2198,43 +2198,42 @@ class Studio:
 
     def check(self, clip: Clip) -> None:
         """Raise InputError where a result could not, or must not, be written; makes its folder."""
-        target, name, exists = clip.target, printable(clip.target), True
+        target, clip.is_doubtful = clip.target, False
         try:
             with contextlib.suppress(FileNotFoundError):
-                exists = False
-                exists = bool(os.lstat(target))
-            if exists and not target.is_file():
-                raise InputError(f"{name} is a folder, or else no file that a video could replace")
-            inputs = [file for file in (clip.audio, clip.image) if file.name and file.exists()]
-            if exists and any(target.samefile(file) for file in inputs):
-                raise InputError(f"{name} is an input: the video needs a name of its own")
-            if clip.state == DONE:
-                return
-            replaces = self.may_replace(clip) if exists and os.stat(target).st_size else True
-            clip.is_doubtful = replaces is None
-            if replaces is False:
-                raise InputError(
-                    f"{name} exists and is no video that Hedra made for this folder (edited, or of "
-                    "another origin): it is left as it is, and nothing was paid; move it away or "
-                    "give another --out (--force makes, and pays, a new take in place of a video)"
-                )
-            target.parent.mkdir(parents=True, exist_ok=True)
-            probe = hidden(target, str(os.getpid()))
-            probe.touch()
-            probe.unlink(missing_ok=True)
+                os.lstat(target)  # an OSError where its name is too long
+                self.check_old(clip)
+            if clip.state != DONE:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                probe = hidden(target, str(os.getpid()))
+                probe.touch()
+                probe.unlink(missing_ok=True)
         except OSError as error:
-            text = f"{name} cannot be written: {error.strerror}; choose another place for it"
-            raise InputError(text) from error
+            text = f"{printable(target)} cannot be written: {error.strerror}"
+            raise InputError(f"{text}; choose another place for it") from error
 
-    def may_replace(self, clip: Clip) -> bool | None:
-        """Whether what is at the target may go: a result of ours, or what is left of one; None
-        where the ledger was lost, and only the download will tell."""
-        known, whole = clip.record.part("videos").values, bool(inspect_film(clip.target, clip.kind))
-        if whole and (self.force or self.ledger.is_ours(clip.target)):
-            return True
-        if not known and (clip.found or clip.state != NEW):
-            return None
-        return not whole and self.ledger.place(clip.target) in known
+    def check_old(self, clip: Clip) -> None:
+        """Raise InputError unless what lies at the target may go: a result of ours, or what is left
+        of one. Where the ledger was lost only the download will tell: then it `is_doubtful`."""
+        target, name = clip.target, printable(clip.target)
+        if not target.is_file():
+            raise InputError(f"{name} is a folder, or else no file that a video could replace")
+        inputs = [file for file in (clip.audio, clip.image) if file.name and file.exists()]
+        if any(target.samefile(file) for file in inputs):
+            raise InputError(f"{name} is an input: the video needs a name of its own")
+        if clip.state == DONE or not os.stat(target).st_size:
+            return
+        known, whole = clip.record.part("videos").values, bool(inspect_film(target, clip.kind))
+        if whole and (self.force or self.ledger.is_ours(target)):
+            return
+        clip.is_doubtful = not known and (bool(clip.found) or clip.state != NEW)
+        if clip.is_doubtful or (not whole and self.ledger.place(target) in known):
+            return
+        raise InputError(
+            f"{name} exists and is no video that Hedra made for this folder (edited, or of another "
+            "origin): it is left as it is, and nothing was paid; move it away or give another --out"
+            " (--force makes, and pays, a new take in place of a video)"
+        )
 
     def look_for(self, clips: Sequence[Clip]) -> None:
         """Ask in one go whether Hedra has generations that this ledger does not know of."""
@@ -2282,7 +2281,7 @@ class Studio:
             return None
         try:
             return call()
-        except ApiError as error:
+        except (ApiError, StillRunning) as error:
             if error.is_of_all and not isinstance(error, OutOfCredits):
                 raise
             if what not in self.unread:
@@ -2589,23 +2588,25 @@ class Studio:
         if clip.record.text("state") != "done":
             with clip.timed("waiting"):
                 url = self.await_end(clip).url
+        alone = [clip] if self.deadline < math.inf and clip.kind == VIDEO else []
         with clip.timed("downloading"):
-            self.fetch(clip, url)
+            self.http.together(
+                functools.partial(self.fetch, clip, url), functools.partial(self.settle, alone)
+            )
 
     def await_end(self, clip: Clip) -> Status:
         """Wait for the end; a generation that is not known leads back to what was reserved. Raises
         GenerationFailed, StillRunning."""
-        try:
-            status = self.watch(clip, 0.0)
-        except ApiError as error:
-            if error.status not in (400, 404, 422) or error.ambiguous:
-                raise self.gone(clip, error) from error
-            if clip.reserved:
-                self.trace(clip)  # 400 and 422 are of an id that could be none of Hedra's
+        for grace_s in (0.0, GRACE_S):
             try:
-                status = self.watch(clip, GRACE_S)
-            except ApiError as again:
-                raise self.gone(clip, again) from again
+                status = self.watch(clip, grace_s)
+                break
+            except ApiError as error:
+                # 400 and 422 are of an id that could be none of Hedra's.
+                if error.status not in (400, 404, 422) or error.ambiguous or grace_s:
+                    raise self.gone(clip, error) from error
+                if clip.reserved:
+                    self.trace(clip)
         clip.billed = status.cost
         if status.cost is not None:
             clip.record.save(billed=status.cost)
@@ -2705,12 +2706,15 @@ class Studio:
     # -- settle: what Hedra says that it cost
 
     def settle(self, clips: Sequence[Clip]) -> None:
-        """Ask what Hedra has billed for what was made just now: one request for all of them."""
+        """Ask what Hedra has billed for what was made just now: one request for all of them, and
+        for one alone while it is downloaded."""
         parts = [part for clip in clips for part in clip.parts if part.paid]
-        asked = {part.generation_id: part for part in parts if part.billed is None}
+        asked = {p.generation_id: p for p in parts if p.billed is None and not p.is_settled}
         with self.http.until(time.monotonic() + min(30.0, self.timeout_s)):
             ask = functools.partial(self.api.find_all, list(asked))
             found = self.tolerant(ask, "the bill") if asked else {}
+        for part in asked.values():
+            part.is_settled = True
         for name, cost in (found or {}).items():
             if cost is not None and cost >= 0:
                 asked[name].billed = cost

@@ -637,8 +637,7 @@ def wav_bytes(promised: int, there: int, rate: int = 8000, extra: bytes = b"") -
 def rf64(there: int, promised: int) -> bytes:
     """A WAV of the long kind, whose lengths are in a piece of their own."""
     sizes = b"ds64" + struct.pack("<IQQQI", 28, 0, promised, 0, 0)
-    form = b"fmt " + struct.pack("<IHHIIHH", 16, 1, 1, 8000, 8000, 1, 8)
-    return b"RF64\xff\xff\xff\xffWAVE" + sizes + form + b"data\xff\xff\xff\xff" + bytes(there)
+    return b"RF64" + b"\xff" * 4 + b"WAVE" + sizes + wav_bytes(0xFFFF_FFFF, there)[12:]
 
 
 def m4a(brand: bytes) -> bytes:
@@ -662,9 +661,7 @@ SOUNDS = {
 KINDS = {  # content types, and files of them by what is peculiar to each
     "image/png": {"png": PNG}, "image/jpeg": {"jpeg": JPEG}, "image/webp": {"webp": WEBP},
     "audio/wav": {"wav": wav_bytes(8000, 8000), "RF64": rf64(8000, 8000)},
-    "audio/mpeg": {
-        "tag": TAGGED, "no tag": MP3_FRAME, "8 kHz": b"\xff\xe3\x18\xc4" + bytes(140),
-    },
+    "audio/mpeg": {"tag": TAGGED, "no tag": MP3_FRAME, "8 kHz": b"\xff\xe3\x18\xc4" + bytes(140)},
     "audio/flac": {"flac": SOUNDS["flac"]}, "audio/ogg": {"opus": SOUNDS["ogg"]},
     "audio/mp4": {"M4A": SOUNDS["m4a"], "dash": m4a(b"dash"), "iso5": m4a(b"iso5")},
     "audio/aiff": {"AIFF": SOUNDS["aif"], "AIFC": SOUNDS["aiff"]},
@@ -738,10 +735,7 @@ def ffprobe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
     return install
 
 
-@pytest.mark.parametrize(
-    ("script", "seconds"),
-    [("echo 12.5", 12.5), ("echo N/A", None), ("echo nan", None), ("echo inf", None)],
-)
+@pytest.mark.parametrize(("script", "seconds"), [("echo 12.5", 12.5), ("echo nan", None)])
 def test_ffprobe_is_asked_how_long_a_recording_is_without_a_shell(
     tmp_path, ffprobe, script, seconds
 ):
@@ -762,7 +756,6 @@ FILMS = {  # whether it is whole, and what it is made of
     "a byte short": (False, FILM[:-1]), "half": (False, FILM[: len(FILM) // 2]),
     "its first box": (False, FTYP), "no moov": (False, FTYP + MDAT), "no mdat": (0, FILM[:-107]),
     "no ftyp": (False, FILM[24:]), "rubbish": (False, FTYP + b"what no box begins with"),
-    "a head cut": (False, FILM + mp4_box(b"moof", bytes(9)) + b"\0\0\0"),
     "a fragment cut": (False, FILM + mp4_box(b"moof", bytes(90))[:-1]),
     "a page": (False, b"<html>Just a moment...</html>"), "nothing": (False, b""),
 }
@@ -2946,7 +2939,6 @@ BAD = {  # what makes a clip that cannot work, and the words of the error
     "out is a folder": (lambda w: ["--out", os.mkdir("there") or "there"], "there is a folder"),
     "out below a file": (lambda w: ["--out", "hello.wav/x.mp4"], "hello.wav/x.mp4 cannot be"),
     "prompt file": (lambda w: w.wav.with_suffix(".txt").write_bytes(b"\xff\xfe"), "hello.txt"),
-    "prompt pipe": (lambda w: os.mkfifo(w.wav.with_suffix(".txt")), "hello.txt"),
     "prompt": (lambda w: ["--prompt", os.fsdecode(b"caf\xe9")], "not UTF-8"),
     ".env": (lambda w: Path(".env").write_bytes(b"# caf\xe9\n"), ".env"),
 }
