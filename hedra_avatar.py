@@ -2024,6 +2024,7 @@ def find_model(
         memo = Record(memo.path, read_json(memo.path.read_bytes()))
     name = " ".join(filter(None, (api.http.account.id, kind.replace(VIDEO, ""), asked)))
     row, at = memo.part(name).part("model"), memo.part(name).number("at") or -math.inf
+    row.values |= row.part("price").values  # as the first version had it
     if row.text("id", "slug") and time.time() - at < max_age_s:
         return parse_model(row)
     if known_only:
