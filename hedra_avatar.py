@@ -46,7 +46,8 @@ from __future__ import annotations
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036 (said before what an older one has not got)
-    WORDS = "hedra_avatar needs Python 3.11 or newer, and this is %d.%d" % sys.version_info[:2]  # noqa: UP031
+    WORDS = "hedra_avatar needs Python 3.11 or newer, and this is "
+    WORDS += ".".join(map(str, sys.version_info[:2]))
     raise SystemExit(WORDS) if __name__ == "__main__" else ImportError(WORDS)
 
 if __name__ == "__main__":  # Ctrl-C while the rest is still being imported
@@ -920,8 +921,11 @@ class Pace:
             now = time.monotonic()
             at = max(now, self.next_at)
             self.next_at = at + self.gap_s
-            self.gap_s = self.gap_s * 0.98 if self.gap_s > 0.01 else 0.0
             return at - now
+
+    def accepted(self) -> None:
+        """Not too fast: a little faster from now on."""
+        self.gap_s = self.gap_s * 0.98 if self.gap_s > 0.01 else 0.0
 
     def refused(self, error: ApiError) -> None:
         """Too fast: a pause for all, and twice the gap from then on."""
@@ -1099,6 +1103,8 @@ class Transport:
             self.sleep(wait_s)
         headers = {"Accept": "application/json", **mine, **headers}
         response = self.send(method, self.account.base_url + path, headers, body, silence_s)
+        if response.status != 429:
+            self.pace.accepted()
         if 200 <= response.status < 300:
             return response
         text = ""
@@ -2056,6 +2062,7 @@ class Studio:
         self.asked = {VIDEO: model, SPEECH: speech_model}
         self.model = functools.cache(functools.partial(find_model, api))
         self.lock, self.turn = threading.RLock(), threading.Lock()
+        self.ready = threading.Semaphore(4)  # clips that upload while others wait for a place
         self.unread = dict[str, float]()  # until when not to ask again
         self.forgotten = set[str]()  # files that Hedra no longer knows
 
@@ -2340,9 +2347,8 @@ class Studio:
                     generation_id=clip.generation_id,
                 )
             self.check(clip)
-            doubtful = clip.state == DOUBT
-            found = clip.found if clip.state == NEW else self.look(clip) if doubtful else ""
-            if found:
+            doubtful, found = clip.state == DOUBT, clip.found if clip.state in OPEN else ""
+            if found := found or (self.look(clip) if doubtful else ""):
                 self.accept(clip, found, paid=False)
                 # How old it is nobody knows: --force makes the new take that was asked for.
                 clip.state = NEW if self.force and not doubtful and clip.kind == VIDEO else FLIGHT
@@ -2389,7 +2395,8 @@ class Studio:
         self.quote(clip)
         self.begin_take(clip)
         try:
-            generation_id, fresh = self.submit(clip)
+            with self.patiently(self.ready):
+                generation_id, fresh = self.submit(clip)
         except OutOfCredits as error:
             self.broke = error
             raise
@@ -2497,13 +2504,28 @@ class Studio:
                 self.http.count("retries")
                 self.http.sleep(wait_s)
 
+    @contextlib.contextmanager
+    def patiently(self, turn: threading.Lock | threading.Semaphore) -> Iterator[None]:
+        """Wait for a turn; raises StillRunning, or Stopped, when that has no point."""
+        while not turn.acquire(timeout=0.2):
+            self.be_patient()
+        try:
+            yield
+        finally:
+            turn.release()
+
+    def be_patient(self) -> None:
+        """As long as a clip of ours is at work a place will be free, and the time that it takes is
+        not that of the clip that waits."""
+        if self.http.waiting:
+            DEADLINE.set(time.monotonic() + self.timeout_s)
+        self.http.sleep(0.0)
+
     def submit_in_turn(self, clip: Clip) -> str:
         """One submit; raises ApiError. One clip at a time, so that who is refused by a limit of
         the account keeps its turn, and is the first to know when a generation has ended."""
         http, refusals = self.http, 0
-        while not self.turn.acquire(timeout=0.2):
-            self.be_patient()
-        try:
+        with self.patiently(self.turn):
             while True:
                 ended = http.ended
                 try:
@@ -2522,15 +2544,6 @@ class Studio:
                         pause_s = backoff_s(refusals, 1.0, cap=8.0) if pause_s is None else pause_s
                         http.await_end(ended, min(pause_s, http.longest_s()))
                     self.be_patient()
-        finally:
-            self.turn.release()
-
-    def be_patient(self) -> None:
-        """Called while waiting; raises StillRunning, or Stopped, when that has no point. As long as
-        a clip of ours is at work a place will be free, and that time is not this clip's."""
-        if self.http.waiting:
-            DEADLINE.set(time.monotonic() + self.timeout_s)
-        self.http.sleep(0.0)
 
     def renew(self, clip: Clip, error: ApiError) -> bool:
         """Whether a refusal may be of files, or of a model, that were there before and are worth
