@@ -28,8 +28,7 @@ Hedra and what came back. So a clip is paid for once, whatever fails, is killed,
 run a command again and it takes up where the last one stopped; --force pays for a new take.
 
 Hedra has two APIs. A key with a colon is of the jobs API (v3, US dollars), any other of the web
-API (v2, credits). Facts about them are from Hedra's OpenAPI documents unless a comment says
-otherwise. Linux and macOS (locks are fcntl's). Every name is defined before its use.
+API (v2, credits). For Linux and macOS.
 
 environment, or a file named .env in the working directory (a flag wins over both):
   HEDRA_API_KEY       the key, of either kind
@@ -41,6 +40,8 @@ environment, or a file named .env in the working directory (a flag wins over bot
 
 exit status: 0 done, 1 something failed, 2 wrong usage, 130 Ctrl-C (129 SIGHUP, 143 SIGTERM)."""
 
+# Facts about Hedra are from its OpenAPI documents unless a comment says otherwise. Every name is
+# defined before its use.
 from __future__ import annotations
 
 import sys
