@@ -222,6 +222,7 @@ def parse_number(text: str | bytes) -> float | None:
 
 # ---- account: Account, open_account -------------------------------------------------------------
 
+@functools.lru_cache(maxsize=256)
 def digest_of(*parts: str) -> str:
     """A 128-bit hexadecimal digest of some text."""
     import hashlib
@@ -788,7 +789,7 @@ class Clip:
     model = Model("")
     state = NEW
     key = other_key = found = ""  # by which the ledger has it; the id that Hedra has it under
-    reserved = ""  # what its take is submitted as: generation id (v2) or idempotency key (v3)
+    asked_id = ""  # what to submit it as where it has no key
     price: float | None = None
     billed: float | None = None
     error: Exception | None = None
@@ -801,9 +802,10 @@ class Clip:
         self.record = Record(Path())  # of its take
         self.__dict__.update(wishes)
 
-    def take_up(self, record: Record) -> None:
-        """Make this take the clip's."""
-        self.record, self.reserved = record, reserved_id(self.key, record.text("take"))
+    @property
+    def reserved(self) -> str:
+        """What its take is submitted as: generation id (v2) or idempotency key (v3)."""
+        return reserved_id(self.key, self.record.text("take")) if self.key else self.asked_id
 
     @property
     def generation_id(self) -> str:
@@ -1848,10 +1850,10 @@ class Ledger:
     def media(self, file: Path, kind: Kind) -> Media:
         """What a file is, with its digest; read only if it has changed since the last time, or its
         duration, which an ffprobe might tell by now, is not known. Raises InputError."""
-        name = os.path.abspath(file)
-        if not os.path.exists(name):
-            return inspect_file(file, kind)  # which says why
-        if media := self.seen.get((name, sign := signature(name))):
+        name, sign = os.path.abspath(file), ""
+        with contextlib.suppress(OSError):
+            sign = signature(name)
+        if media := self.seen.get((name, sign)):
             return media
         record = self.load("files", digest_of(name))
         media = Media(
@@ -1859,7 +1861,7 @@ class Ledger:
             record.number("seconds"), record.text("digest"),
         )
         timed = kind == "image" or media.seconds is not None
-        known = record.text("signature") == sign and media.digest and media.size_bytes and timed
+        known = sign and record.text("signature") == sign and media.digest and timed
         if not known or not media.content_type.startswith(kind):
             media = inspect_file(file, kind)._replace(digest=content_digest(file))
             if sign != signature(name):
@@ -2181,8 +2183,8 @@ class Studio:
         that was never submitted leaves the one before in force."""
         takes = self.takes(clip.key)
         submitted = [take for take in takes if take.text("state") not in ("", NEW)]
-        clip.take_up(submitted[-1] if submitted else takes[0])
-        record, state = clip.record, clip.record.text("state")
+        record = clip.record = submitted[-1] if submitted else takes[0]
+        state = record.text("state")
         forced = self.force and clip.kind == VIDEO
         if state == "intent":
             needs = DOUBT
@@ -2208,15 +2210,16 @@ class Studio:
     def check(self, clip: Clip) -> None:
         """Raise InputError where a result could not, or must not, be written; makes its folder."""
         target, clip.is_doubtful = clip.target, False
+        if clip.state == DONE:
+            return
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.lstat(target)  # an OSError where its name is too long
                 self.check_old(clip)
-            if clip.state != DONE:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                probe = hidden(target, str(os.getpid()))
-                probe.touch()
-                probe.unlink(missing_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            probe = hidden(target, str(os.getpid()))
+            probe.touch()
+            probe.unlink(missing_ok=True)
         except OSError as error:
             text = f"{printable(target)} cannot be written: {error.strerror}"
             raise InputError(f"{text}; choose another place for it") from error
@@ -2230,7 +2233,7 @@ class Studio:
         inputs = [file for file in (clip.audio, clip.image) if file.name and file.exists()]
         if any(target.samefile(file) for file in inputs):
             raise InputError(f"{name} is an input: the video needs a name of its own")
-        if clip.state == DONE or not os.stat(target).st_size:
+        if not os.stat(target).st_size:
             return
         known, whole = clip.record.part("videos").values, bool(inspect_film(target, clip.kind))
         if whole and (self.force or self.ledger.is_ours(target)):
@@ -2385,7 +2388,7 @@ class Studio:
             name = os.urandom(8).hex()
             first.save(takes=[*first.texts("takes"), name])
             last = Record(first.path.with_name(f"{clip.key}.{name}.json"), {"take": name})
-        clip.take_up(last)
+        clip.record = last
 
     def order(self, clip: Clip) -> None:
         """Rules 2 to 4: price, uploads, intent, submit."""
@@ -2664,11 +2667,11 @@ class Studio:
 
     def gone(self, clip: Clip, error: HedraError) -> HedraError:
         """An error about a generation, with what to do where Hedra no longer has it."""
-        delivered, reserved = clip.record.text("state") == "done", clip.record.text("reserved")
+        delivered = clip.record.text("state") == "done"
         if error.code == "EXPIRED" or (delivered and error.status == 404):
             error.add("it is neither at Hedra nor on this disk: --force pays for a new take")
         elif error.status == 404 and not error.ambiguous:
-            if not self.api.replays and clip.generation_id != reserved:
+            if not self.api.replays and clip.generation_id != clip.reserved:
                 clip.record.save(state="intent")  # of what was answered there is no trace
             error.add(f"{LATER}; only if it stays so, --force pays for a new take")
         return error
@@ -2864,7 +2867,7 @@ def start_generation(
     known = find_model(api, name if api.replays else "", known_only=True)
     clip = Clip(
         "", Path(), prompt=prompt, resolution=resolution, aspect_ratio=aspect_ratio,
-        settings=settings or {}, reserved=generation_id,
+        settings=settings or {}, asked_id=generation_id,
         model=known if api.replays or name in (known.id, known.slug) else Model(name),
     )
     clip.record.values |= {"image": image_id, "audio": audio_id}
@@ -2947,8 +2950,8 @@ def source_names(names: Names) -> dict[str, list[str]]:
     for suffixes in (SOUND_SUFFIXES, (SAY_SUFFIX,)):
         taken = set(found)
         for name in sorted(set(names.values())):
-            stem = stem_of(name)
-            if name.lower().endswith(suffixes) and name[0] not in ".~#" and stem not in taken:
+            is_one = name.lower().endswith(suffixes) and name[0] not in ".~#"
+            if is_one and (stem := stem_of(name)) not in taken:
                 found.setdefault(stem, []).append(name)
     return dict(sorted(found.items()))
 
