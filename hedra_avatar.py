@@ -222,7 +222,7 @@ def parse_number(text: str | bytes) -> float | None:
 
 # ---- account: Account, open_account -------------------------------------------------------------
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=32)
 def digest_of(*parts: str) -> str:
     """A 128-bit hexadecimal digest of some text."""
     import hashlib
@@ -322,18 +322,22 @@ class Media(NamedTuple):
     has_sound: bool = True
 
 
-def open_regular(file: Path) -> io.BufferedReader:
-    """Open a file to read; raises InputError where that cannot be, and for a pipe or a device,
-    which may run for ever."""
+@contextlib.contextmanager
+def open_regular(file: Path) -> Iterator[io.BufferedReader]:
+    """A file to read; raises InputError where that cannot be, and for a pipe or a device, which
+    may run for ever."""
     name = printable(file)
     try:
-        if S_ISREG(os.stat(file).st_mode):
-            return open(file, "rb")
+        if not S_ISREG(os.stat(file).st_mode):
+            raise InputError(f"{name} is not a file: give the path of one")
+        with open(file, "rb") as stream:
+            yield stream
+    except HedraError:  # StillRunning is an OSError as well
+        raise
     except FileNotFoundError:
         raise InputError(f"{name} does not exist") from None
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}") from error
-    raise InputError(f"{name} is not a file: give the path of one")
 
 
 def signature(file: Path | str) -> str:
@@ -476,11 +480,11 @@ def inspect_file(file: Path, kind: Kind) -> Media:
 
 def inspect_film(file: Path, kind: str = VIDEO) -> Media | None:
     """What a video (or, of that kind, a speech) holds, None where it is not whole."""
-    with contextlib.suppress(InputError):
-        if kind == SPEECH:
-            return inspect_file(file, "audio")
+    if kind == VIDEO:
         with open_regular(file) as stream:
             return read_film(stream)
+    with contextlib.suppress(InputError):
+        return inspect_file(file, "audio")
     return None
 
 
@@ -505,7 +509,7 @@ def video_digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-# ---- replies: Reply, parse_status, parse_model, parse_price, parse_error, Clip ------------------
+# ---- replies: Reply, parse_status, parse_model, parse_price, parse_error, Record, Clip ----------
 
 QUEUED, PROCESSING, FINALIZING = "queued", "processing", "finalizing"
 COMPLETE, FAILED = ENDED = ("complete", "failed")
@@ -687,6 +691,14 @@ def parse_price(row: Reply, seconds: float, resolution: str, characters: int = 0
     return math.ceil(cost - 1e-6) if 0 <= (cost := factor * units) < 1e15 else None
 
 
+def takes_portrait_and_audio(row: Reply) -> bool:
+    """Whether a catalogue row is of a model that could make an avatar."""
+    slots = [slot for mode in row.rows("inputs") or () for slot in mode.rows("slots") or ()]
+    kinds = {slot.text("type") for slot in slots}
+    image = row.flag("requires_start_frame") or "image" in kinds
+    return image and (row.flag("requires_audio_input") or "audio" in kinds)
+
+
 def choose_model(rows: Sequence[Reply], asked: str = "") -> Model | None:
     """The row that was asked for by id or slug, else Character 3, else None. Rows once had
     `ai_model_type` and `status`; today's have neither and are told by slug or name."""
@@ -717,7 +729,8 @@ def error_words(body: Any) -> tuple[Reply, str]:
         parts += error.texts(name)
     if (billing := error.part("billing")).values:
         unit = billing.text("currency") or "USD"
-        parts += [f"{n} {amount(billing.number(n), unit)}" for n in ("balance", "required")]
+        figures = [(name, billing.number(name)) for name in ("balance", "required")]
+        parts += [f"{name} {amount(n, unit)}" for name, n in figures if n is not None]
         parts.append(f"{billing.text('reason')} add funds at {billing.text('funding_url')}".strip())
     return error, "; ".join(dict.fromkeys(part for part in parts if part))
 
@@ -760,6 +773,44 @@ def parse_error(status: int, headers: Mapping[str, str], text: str, where: str) 
         retryable=status in (408, 425, 429) or status >= 500 or error.flag("retryable"),
         names_key="idempotency_key" in f"{words} {error.text('param')}",
     )
+
+
+def publish(draft: Path, target: Path, *, sync: bool = True) -> None:
+    """Rename a finished file to its place; with `sync` a power cut spares it. Raises OSError."""
+    for path in (draft, target.parent):
+        if path == target.parent:
+            os.replace(draft, target)
+        if sync:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+class Record(Reply):
+    """A small JSON file, readable by a person; only the owner of its lock may save it."""
+
+    def __init__(self, path: Path, values: Any = None) -> None:
+        super().__init__(values, str(path))
+        self.path, self.lock = path, threading.Lock()
+
+    def save(self, *, sync: bool = False, **changes: Any) -> None:
+        """Change some values in one step: who reads it sees the old text or the new; with `sync` a
+        power cut spares them. Raises OSError that names the file."""
+        draft = self.path.with_name(f".{self.path.name}.{os.getpid()}.{threading.get_ident()}")
+        with self.lock:
+            self.values.update(changes)
+            text = json.dumps(self.values, indent=1, ensure_ascii=False) + "\n"
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                # In JSON such an escape stands for the bytes of a file name that are no UTF-8.
+                draft.write_bytes(text.encode("utf-8", "backslashreplace"))
+                publish(draft, self.path, sync=sync)
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    draft.unlink(missing_ok=True)
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 def reserved_id(key: str, take: str) -> str:
@@ -892,8 +943,7 @@ def retry(
                     after = getattr(error, "retry_after", None)
                     if not getattr(error, "retryable", True) or (after or 0) > max_retry_after:
                         raise
-                    wait_s = backoff_s(failures, delay, backoff, max_delay)
-                    wait_s = wait_s if after is None else after
+                    wait_s = after or backoff_s(failures, delay, backoff, max_delay)
                     on_retry(error, wait_s)
                 (sleep or time.sleep)(wait_s)
             return function(*args, **kwargs)
@@ -1295,10 +1345,9 @@ class WebApi:
             return model
         if asked:  # the catalogue does not list all that works: the submit has the last word
             return Model(asked, "" if UUID_SHAPE.fullmatch(asked) else asked)
-        films = [row for row in rows if (row.text("type") or "video") == "video"]
-        names = ", ".join(row.text("slug", "id") for row in films) or "none"
+        fit = [row.text("slug", "id") for row in rows if takes_portrait_and_audio(row)]
         text = "this account has no Character 3 model; set HEDRA_MODEL_ID (or give --model) to one"
-        raise HedraError(f"{text} that takes a portrait and audio, of: {names}")
+        raise HedraError(f"{text} that takes a portrait and audio: {', '.join(fit) or 'none'}")
 
     def body(self, clip: Clip) -> dict[str, Any]:
         """A clip in the words of this API."""
@@ -1411,7 +1460,7 @@ class WebApi:
 # ---- jobs API v3: JobsApi, iter_events ----------------------------------------------------------
 
 FIRST_FRAME_S = 10.0  # a stream silent from its start is being buffered by somebody
-QUOTES = 20  # durations that are asked for, before other prices follow from those
+QUOTES = 20  # durations that are asked for, before prices are interpolated
 
 
 def iter_events(blocks: Iterable[bytes]) -> Iterator[tuple[str, str, str]]:
@@ -1564,16 +1613,18 @@ class JobsApi:
 
     def price(self, clip: Clip) -> float | None:
         """Dollars, None where Hedra does not tell before it has the files. After QUOTES durations
-        others are taken from the next longer: a folder would use up the minute's requests."""
+        others are interpolated: a folder would use up the minute's requests."""
         if (at := clip.seconds) is None:
             return None
         wishes = {"duration_ms": round(at * 1000)} if clip.kind == VIDEO else {}
         wishes |= self.body(clip)
         alike = {**wishes, "duration_ms": 0, "prompt": ""}
         known = self.quoted.setdefault(json.dumps([clip.model.id, alike]), {})
-        near = min((length for length in known if length >= at), default=0.0)
-        if near == at or (near and len(known) >= QUOTES):
-            return round(known[near] * at / near, 4)
+        below, above = [x for x in known if x <= at], [x for x in known if x >= at]
+        if below and above and (at in known or len(known) >= QUOTES):
+            low, high = max(below), min(above)
+            share = (at - low) / (high - low or 1.0)
+            return round(known[low] + share * (known[high] - known[low]), 4)
         path = f"/models/{in_path(clip.model.id)}/estimate"
         reply = self.http.call("POST", path, {"input": wishes})
         price = reply.must(reply.number, "cost")
@@ -1742,45 +1793,7 @@ def open_view(quiet: bool = False, verbose: int = 0) -> View:
     return View() if quiet else View("terminal" if screen_size().columns else "log", verbose)
 
 
-# ---- ledger: Record, Ledger ---------------------------------------------------------------------
-
-def publish(draft: Path, target: Path, *, sync: bool = True) -> None:
-    """Rename a finished file to its place; with `sync` a power cut spares it. Raises OSError."""
-    for path in (draft, target.parent):
-        if path == target.parent:
-            os.replace(draft, target)
-        if sync:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
-class Record(Reply):
-    """A small JSON file, readable by a person; only the owner of its lock may save it."""
-
-    def __init__(self, path: Path, values: Any = None) -> None:
-        super().__init__(values, str(path))
-        self.path, self.lock = path, threading.Lock()
-
-    def save(self, *, sync: bool = False, **changes: Any) -> None:
-        """Change some values in one step: who reads it sees the old text or the new; with `sync` a
-        power cut spares them. Raises OSError that names the file."""
-        draft = self.path.with_name(f".{self.path.name}.{os.getpid()}.{threading.get_ident()}")
-        with self.lock:
-            self.values.update(changes)
-            text = json.dumps(self.values, indent=1, ensure_ascii=False) + "\n"
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                # In JSON such an escape stands for the bytes of a file name that are no UTF-8.
-                draft.write_bytes(text.encode("utf-8", "backslashreplace"))
-                publish(draft, self.path, sync=sync)
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    draft.unlink(missing_ok=True)
-                raise OSError(error.errno, error.strerror, str(self.path)) from error
-
+# ---- ledger: Ledger -----------------------------------------------------------------------------
 
 @functools.cache
 def lock_file(path: Path) -> int:
@@ -1882,7 +1895,7 @@ class Ledger:
         files = [target, *(Path(self.home, place) for place in places.values)]
         if nearby:
             files += [file for folder in {f.parent for f in files} for file in folder.glob("*.mp4")]
-        for file in files:
+        for file in files if digests else ():
             with contextlib.suppress(OSError, InputError):
                 sign = seen.text(self.place(file))
                 if sign == signature(file) or video_digest(file) in digests:
@@ -2213,8 +2226,11 @@ class Studio:
         if clip.state == DONE:
             return
         try:
-            with contextlib.suppress(FileNotFoundError):
-                os.lstat(target)  # an OSError where its name is too long
+            try:
+                os.lstat(target)  # another OSError where its name is too long
+            except FileNotFoundError:
+                pass
+            else:
                 self.check_old(clip)
             target.parent.mkdir(parents=True, exist_ok=True)
             probe = hidden(target, str(os.getpid()))
@@ -2238,7 +2254,7 @@ class Studio:
         known, whole = clip.record.part("videos").values, bool(inspect_film(target, clip.kind))
         if whole and (self.force or self.ledger.is_ours(target)):
             return
-        clip.is_doubtful = not known and (bool(clip.found) or clip.state != NEW)
+        clip.is_doubtful = not known and clip.state != NEW
         if clip.is_doubtful or (not whole and self.ledger.place(target) in known):
             return
         raise InputError(
@@ -2350,16 +2366,19 @@ class Studio:
                     "portrait, recording, text or prompt; --force pays for a new take)",
                     generation_id=clip.generation_id,
                 )
-            self.check(clip)
-            doubtful, found = clip.state == DOUBT, clip.found if clip.state in OPEN else ""
+            unsent = clip.record.text("state") in ("", NEW, "intent")
+            doubtful, found = clip.state == DOUBT, clip.found if unsent else ""
             if found := found or (self.look(clip) if doubtful else ""):
                 self.accept(clip, found, paid=False)
-                # How old it is nobody knows: --force makes the new take that was asked for.
-                clip.state = NEW if self.force and not doubtful and clip.kind == VIDEO else FLIGHT
+                clip.state = FLIGHT
+                if self.force and not doubtful and clip.kind == VIDEO:
+                    clip.state = NEW  # how old that one is nobody knows: a new one was asked for
+                    clip.record.save(state="done")
+            self.check(clip)
             if clip.state in OPEN:
                 self.order(clip)
             if clip.state == DONE:
-                with contextlib.suppress(OSError):  # of another user of the group
+                with contextlib.suppress(OSError, InputError):  # of another user of the group
                     os.utime(clip.target)  # so that make is satisfied
                     self.ledger.keep(clip.record, clip.target)
             else:
@@ -2432,7 +2451,8 @@ class Studio:
         """For the person who reads the ledger."""
         return {
             "clip": printable(clip.audio if clip.audio.name else clip.name), "kind": clip.kind,
-            "portrait": printable(clip.image), "voice": clip.voice, "prompt": clip.prompt,
+            "portrait": printable(clip.image.name and clip.image), "voice": clip.voice,
+            "prompt": clip.prompt,
             "model": self.asked[clip.kind], "account": self.account.id, "unit": self.api.unit,
         }
 
@@ -2492,8 +2512,8 @@ class Studio:
                     return found, lost  # else it was there before this submit
                 if not error.ambiguous and not lost:
                     clip.record.save(state=NEW)
-                    if "nothing was paid" not in str(error):
-                        error.add("nothing was paid")
+                    if clip.state != DOUBT and "nothing was paid" not in str(error):
+                        error.add(f"nothing was paid for the {clip.kind}")
                 if not renewed and (renewed := self.renew(clip, error)):
                     continue
                 faults += 1
@@ -2522,7 +2542,7 @@ class Studio:
         """As long as a clip of ours is at work a place will be free, and the time that it takes is
         not that of the clip that waits."""
         if self.http.waiting:
-            DEADLINE.set(time.monotonic() + self.timeout_s)
+            DEADLINE.set(min(self.deadline, time.monotonic() + self.timeout_s))
         self.http.sleep(0.0)
 
     def submit_in_turn(self, clip: Clip) -> str:
@@ -2668,6 +2688,8 @@ class Studio:
     def gone(self, clip: Clip, error: HedraError) -> HedraError:
         """An error about a generation, with what to do where Hedra no longer has it."""
         delivered = clip.record.text("state") == "done"
+        if not clip.key:
+            return error
         if error.code == "EXPIRED" or (delivered and error.status == 404):
             error.add("it is neither at Hedra nor on this disk: --force pays for a new take")
         elif error.status == 404 and not error.ambiguous:
@@ -2728,15 +2750,16 @@ class Studio:
         for one alone while it is downloaded."""
         parts = [part for clip in clips for part in clip.parts if part.paid]
         asked = {p.generation_id: p for p in parts if p.billed is None and not p.is_settled}
-        with self.http.until(time.monotonic() + min(30.0, self.timeout_s)):
+        limit = self.http.until(time.monotonic() + min(30.0, self.timeout_s))
+        with contextlib.suppress(HedraError, OSError), limit:
             ask = functools.partial(self.api.find_all, list(asked))
             found = self.tolerant(ask, "the bill") if asked else {}
-        for part in asked.values():
-            part.is_settled = True
-        for name, cost in (found or {}).items():
-            if cost is not None and cost >= 0:
-                asked[name].billed = cost
-                asked[name].record.save(billed=cost)
+            for part in asked.values():
+                part.is_settled = found is not None
+            for name, cost in (found or {}).items():
+                if cost is not None and cost >= 0:
+                    asked[name].billed = cost
+                    asked[name].record.save(billed=cost)
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -2892,8 +2915,9 @@ def wait_and_download(
             target.parent.mkdir(parents=True, exist_ok=True)
             with studio.ledger.own(f"target {os.path.abspath(target)}", lambda: None):
                 studio.collect(clip)
-        clip.record.path.unlink(missing_ok=True)
     finally:
+        if not hidden(target, generation_id).exists():  # else its ETag is needed to go on
+            clip.record.path.unlink(missing_ok=True)
         view.close()
     return target
 
@@ -2913,7 +2937,7 @@ def get_voices(api_key: str, *, speech_model: str = "", environ: Environ = None)
     return connect(api_key, environ).voices(speech_model)
 
 
-# ---- folders: clip_of, folder_clips, table, Command ---------------------------------------------
+# ---- folders: clip_of, folder_clip, table, Command ----------------------------------------------
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SOUND_SUFFIXES = (".wav", ".mp3", ".m4a", ".flac", ".ogg", ".aif", ".aiff")
@@ -3156,8 +3180,9 @@ class Command:
     def report(self, clip: Clip) -> None:
         """One clip is done, or has failed. What was there before is not worth a line."""
         view = self.view
+        with view.lock:
+            view.done, view.failed = view.done + 1, view.failed + bool(clip.error)
         view.leave(clip)
-        view.done, view.failed = view.done + 1, view.failed + bool(clip.error)
         if clip.error and view.clips:
             state = "stopped" if isinstance(clip.error, Stopped) else "failed"
             view.say(f"{clip.name}: {state}")  # the reason comes at the end
@@ -3285,8 +3310,9 @@ class Watcher:
             if not wait or (wait.sign != sign and not wait.busy):
                 wait = self.waits[stem] = Wait(sign, now + STILL_S, wait.why if wait else "")
             if now >= wait.due and not wait.busy:
+                clip = folder_clip(files, self.args, names)
                 wait.busy, wait.due = True, math.inf
-                self.pool.submit(self.work, folder_clip(files, self.args, names), wait)
+                self.pool.submit(self.work, clip, wait)
 
     def work(self, clip: Clip, wait: Wait) -> None:
         """One clip, in a thread of the pool."""
