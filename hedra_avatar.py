@@ -109,6 +109,11 @@ ANSWER_BYTES, EVENT_BYTES, VIDEO_BYTES = 16 << 20, 1 << 20, 8 << 30  # none of H
 PROMPT_BYTES, TEXT_BYTES = 64 << 10, 256 << 10  # of a prompt, of a text to be spoken
 PROGRESS_BYTES = 16 << 10  # a download that gets less in SILENCE_TIMEOUT_S stands still
 CHARS_PER_S = 15.0  # of speech, before anybody has spoken it
+OUR_FIELDS = (  # of an order: they have a flag of their own, or are not free
+    "prompt", "text_prompt", "resolution", "aspect_ratio", "start_image", "audio", "audio_id",
+    "start_keyframe_id", "type", "generation_id", "idempotency_key", "model_slug", "ai_model_id",
+    "workspace_id", "batch_size", "num_outputs", "audio_generation",
+)
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -290,7 +295,7 @@ def open_account(api_key: str, environ: Mapping[str, str] | None = None) -> Acco
     raw = setting(environ, "HEDRA_HTTP_TIMEOUT", f"{SILENCE_TIMEOUT_S}")
     if not (silence_s := parse_number(raw)):
         raise InputError(f"HEDRA_HTTP_TIMEOUT is {printable(raw)!r}: give seconds, as in 60")
-    cache = Path(setting(environ, "HEDRA_CACHE_DIR", ".cache"))
+    cache = Path(setting(environ, "HEDRA_CACHE_DIR", ".cache")).expanduser()
     return Account(key, url, setting(environ, "HEDRA_WORKSPACE_ID"), cache, min(silence_s, 86_400))
 
 
@@ -486,6 +491,13 @@ def inspect_film(file: Path, kind: str = VIDEO) -> Media | None:
     with contextlib.suppress(InputError):
         return inspect_file(file, "audio")
     return None
+
+
+def is_film(file: Path) -> bool:
+    """Whether a file begins as an MP4 does, or with nothing but what a crash leaves."""
+    with open_regular(file) as stream:
+        head = stream.read(12)
+    return head[4:8] == b"ftyp" or not head.strip(b"\0")
 
 
 def content_digest(file: Path) -> str:
@@ -844,7 +856,7 @@ class Clip:
     price: float | None = None
     billed: float | None = None
     error: Exception | None = None
-    paid, is_doubtful, is_settled, warning, spent_s = False, False, False, "", 0.0
+    paid, is_doubtful, is_settled, warning, spent_s = False, False, True, "", 0.0
     shown = note = ""  # in its line of the View; `share` is how far it is in its state, 0..1
     share: float | None = None
 
@@ -999,10 +1011,13 @@ def faults(where: str, silence_s: float, proxy: str = "", ours: bool = True) -> 
     try:
         yield
     except u.HTTPError as error:
+        cause = getattr(error, "original_error", error)
+        cause = [cause, *cause.args][-1]
+        if isinstance(cause, HedraError):  # raised in the body that was being sent
+            raise cause from None
         untrusted = "CERTIFICATE_VERIFY_FAILED" in str(error)
         unsent = untrusted or isinstance(error, u.ProxyError | u.ConnectTimeoutError)
-        cause = getattr(error, "original_error", error)
-        why = printable(str([cause, *cause.args][-1]).rpartition(": ")[2])
+        why = printable(str(cause).rpartition(": ")[2])
         if untrusted:
             why = f"its certificate is not trusted ({printable(error)}); see SSL_CERT_FILE"
         elif unsent:
@@ -1047,7 +1062,7 @@ class Transport:
     waiting = ended = 0  # generations whose end is, or was, waited for
 
     def __init__(
-        self, account: Account, *, connections: int = 4, stop: threading.Event | None = None
+        self, account: Account, *, connections: int = 64, stop: threading.Event | None = None
     ) -> None:
         self.account, self.connections, self.pools = account, connections, dict[str, Any]()
         self.pace, self.stop = Pace(), stop or threading.Event()
@@ -1806,7 +1821,7 @@ class Ledger:
     """What is known of clips, speeches, assets and files: a record each, shared by all processes
     and by the users of a group (files are made as the umask has them)."""
 
-    guard, held = threading.Lock(), set[tuple[Path, int]]()  # by the threads of this process
+    guard, held = threading.Lock(), set[tuple[int, Path, int]]()  # by the threads of a process
 
     def __init__(self, folder: Path, sleep: Sleep, say: Callable[[str], object]) -> None:
         self.folder, self.sleep, self.say = Path(os.path.abspath(folder)), sleep, say
@@ -1842,12 +1857,12 @@ class Ledger:
         import fcntl
 
         path, at = self.folder / "locks", int(digest_of(name)[:15], 16)
-        descriptor = lock_file(path)
+        descriptor, mine = lock_file(path), (os.getpid(), path, at)
         while True:
             with self.guard, contextlib.suppress(BlockingIOError, PermissionError):  # not free
-                if (path, at) not in self.held:
+                if mine not in self.held:
                     fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, at)
-                    self.held.add((path, at))
+                    self.held.add(mine)
                     break
             if isinstance(waiting, str):
                 raise InputError(waiting)
@@ -1857,7 +1872,7 @@ class Ledger:
             yield
         finally:
             with self.guard, contextlib.suppress(OSError):
-                self.held.discard((path, at))
+                self.held.discard(mine)
                 fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, at)
 
     def media(self, file: Path, kind: Kind) -> Media:
@@ -2091,7 +2106,7 @@ class Studio:
         for clip in [clip for clip in clips if not clip.error]:
             with self.blamed(clip):
                 (self.identify_speech if clip.kind == SPEECH else self.identify)(clip)
-                clip.state = self.judge(clip)
+                clip.state = self.judge(clip, force=self.force)
                 other = targets.setdefault(os.path.abspath(clip.target), clip)
                 if other is not clip:
                     name, rival = printable(clip.target), printable(other.name)
@@ -2146,7 +2161,7 @@ class Studio:
         """The same of a speech; raises InputError for what nobody can say."""
         limits, model = self.api.speech_limits, self.asked[SPEECH] or self.api.default_speech_model
         limit = limits.get(model, limits[""])
-        if not 0 < len(clip.prompt) <= limit:
+        if not re.search(r"\w", clip.prompt) or len(clip.prompt) > limit:
             size = f"{len(clip.prompt):,} characters, and {model or 'Hedra'} speaks 1 to {limit:,}"
             raise InputError(f"the text of {clip.name} has {size}; nothing was sent")
         clip.voice = self.voice(clip.voice)
@@ -2183,22 +2198,34 @@ class Studio:
         listed = printable(", ".join(called[name] for name in near)) or "none"
         raise InputError(f"there is no voice {asked!r}; nearest: {listed} (`voices` lists all)")
 
+    @functools.cached_property
+    def names(self) -> dict[str, list[str]]:
+        """The names of the takes that lie on the disk, by clip: a first record that is damaged or
+        lost does not lose the others."""
+        found = dict[str, list[str]]()
+        for key, _, name in (path.stem.partition(".") for path in self.ledger.clips()):
+            found.setdefault(key, []).extend([name] * bool(name))
+        return found
+
     def takes(self, key: str) -> list[Record]:
         """The records of all takes of a clip, oldest first: the first one names the others."""
-        takes = [self.ledger.load("clips", key)]
-        for name in takes[0].texts("takes"):
-            takes.append(self.ledger.load("clips", f"{key}.{name}"))
-            takes[-1].values.setdefault("take", name)
-        return takes
+        first = self.ledger.load("clips", key)
+        names = dict.fromkeys([*first.texts("takes"), *self.names.get(key, ())])
+        takes = [self.ledger.load("clips", f"{key}.{name}") for name in names]
+        for take, name in zip(takes, names, strict=True):
+            take.values.setdefault("take", name)
+        if len(names) > len(first.texts("takes")):
+            takes.sort(key=lambda take: take.number("submitted_at") or math.inf)
+        return [first, *takes]
 
-    def judge(self, clip: Clip) -> str:
+    def judge(self, clip: Clip, *, force: bool = False) -> str:
         """What a clip needs, from its records and its files: the one place that says so. A take
         that was never submitted leaves the one before in force."""
         takes = self.takes(clip.key)
         submitted = [take for take in takes if take.text("state") not in ("", NEW)]
         record = clip.record = submitted[-1] if submitted else takes[0]
         state = record.text("state")
-        forced = self.force and clip.kind == VIDEO
+        forced = force and clip.kind == VIDEO
         if state == "intent":
             needs = DOUBT
         elif state == "submitted":
@@ -2249,13 +2276,15 @@ class Studio:
         inputs = [file for file in (clip.audio, clip.image) if file.name and file.exists()]
         if any(target.samefile(file) for file in inputs):
             raise InputError(f"{name} is an input: the video needs a name of its own")
-        if not os.stat(target).st_size:
+        if not (size := os.stat(target).st_size):
             return
         known, whole = clip.record.part("videos").values, bool(inspect_film(target, clip.kind))
         if whole and (self.force or self.ledger.is_ours(target)):
             return
         clip.is_doubtful = not known and clip.state != NEW
-        if clip.is_doubtful or (not whole and self.ledger.place(target) in known):
+        place, seen = self.ledger.place(target), clip.record.part("seen")
+        cut = size < int(seen.text(place).partition(".")[0] or size + 1) and is_film(target)
+        if clip.is_doubtful or (cut and not whole and place in known):
             return
         raise InputError(
             f"{name} exists and is no video that Hedra made for this folder (edited, or of another "
@@ -2359,7 +2388,12 @@ class Studio:
         deadline = min(self.deadline, started + self.timeout_s)
         with self.http.until(deadline, clip.effort), self.owned(clip):
             self.ledger.load("clips", clip.key, owned=True)
+            planned, known = clip.state, clip.generation_id
             clip.state = self.judge(clip)
+            if planned in OPEN and clip.generation_id == known:  # else somebody has made it
+                clip.state = self.judge(clip, force=self.force)
+            elif clip.state in OPEN:
+                self.hold(clip, 0.0)
             if clip.state == REFUSED:
                 raise GenerationFailed(
                     f"refused before, and not paid again: {clip.record.text('reason')} (change "
@@ -2402,10 +2436,11 @@ class Studio:
         last one was delivered or refused; one that was never submitted is used again."""
         if clip.record.text("state") in ("", NEW, "intent"):
             return
-        first, last = (takes := self.takes(clip.key))[0], takes[-1]
+        first, *others = self.takes(clip.key)
+        last = others[-1] if others else first
         if last is first or last.text("state") not in ("", NEW):
             name = os.urandom(8).hex()
-            first.save(takes=[*first.texts("takes"), name])
+            first.save(takes=[*(take.text("take") for take in others), name])
             last = Record(first.path.with_name(f"{clip.key}.{name}.json"), {"take": name})
         clip.record = last
 
@@ -2438,13 +2473,18 @@ class Studio:
             clip.effort |= speech.effort
         speech.state = DONE
         self.hear(clip, speech)
-        before, clip.price, unit = clip.price, None, self.api.unit
+        before, clip.price = clip.price, None
+        self.hold(clip, 1.2 * (before or 0))
+
+    def hold(self, clip: Clip, before: float) -> None:
+        """Hold what is to be paid by now, and was `before` in the plan, against the cap."""
         self.quote(clip)
+        due, unit = clip.due, self.api.unit
         with self.lock:
-            self.planned = round(self.planned - 1.2 * (before or 0) + (clip.price or 0), 6)
-            if self.cap is not None and (clip.price is None or self.planned > self.cap):
-                costs = f"{amount(clip.price, unit)}, and all together {amount(self.planned, unit)}"
-                text = f"the speech is there and kept; its video costs {costs}"
+            self.planned = round(self.planned - before + (due or 0), 6)
+            if self.cap is not None and (due is None or self.planned > self.cap):
+                costs = f"{amount(due, unit)}, and all together {amount(self.planned, unit)}"
+                text = f"the {clip.kind} costs {costs}; what was made before is kept"
                 raise OutOfCredits(f"{text}; --max-credits is {amount(self.cap, unit)}: raise it")
 
     def about(self, clip: Clip) -> dict[str, Any]:
@@ -2471,6 +2511,7 @@ class Studio:
         clip.record.save(sync=True, **{
             **self.about(clip), "state": "intent", "image": image, "audio": audio,
             "reserved": clip.reserved, "submitted_at": time.time(),
+            "price": clip.record.number("price") if clip.price is None else clip.price,
         })
 
     def portrait(self, clip: Clip) -> str:
@@ -2619,7 +2660,7 @@ class Studio:
 
     def collect(self, clip: Clip) -> None:
         """Wait for the generation and fetch its result. What goes wrong here loses nothing."""
-        url = ""
+        url, clip.is_settled = "", clip.record.number("billed", "cost") is not None
         if not clip.paid:
             detail = f"generation {clip.generation_id}, already paid"
             self.view.state(clip, "found", detail, note="already paid")
@@ -2733,7 +2774,8 @@ class Studio:
             if found and clip.is_doubtful and video_digest(part) != video_digest(clip.target):
                 part.unlink()
                 text = f"{name} is not the video that Hedra has of this clip (edited, or of another"
-                raise InputError(f"{text} origin): it is left as it is; give another --out")
+                how = "it is left as it is: move it away or give another --out"
+                raise InputError(f"{text} origin); {how}")
             return found
 
         film = Download(self.api, clip, self.view, inspect).run(url, self.interval_s)
@@ -2748,8 +2790,8 @@ class Studio:
     def settle(self, clips: Sequence[Clip]) -> None:
         """Ask what Hedra has billed for what was made just now: one request for all of them, and
         for one alone while it is downloaded."""
-        parts = [part for clip in clips for part in clip.parts if part.paid]
-        asked = {p.generation_id: p for p in parts if p.billed is None and not p.is_settled}
+        parts = [part for clip in clips for part in clip.parts if not part.is_settled]
+        asked = {part.generation_id: part for part in parts if part.billed is None}
         limit = self.http.until(time.monotonic() + min(30.0, self.timeout_s))
         with contextlib.suppress(HedraError, OSError), limit:
             ask = functools.partial(self.api.find_all, list(asked))
@@ -2780,15 +2822,21 @@ Environ = Mapping[str, str] | None
 
 
 @functools.lru_cache(maxsize=8)
-def connected(account: Account) -> Api:
-    """One connection pool an account."""
+def connected(account: Account, process: int) -> Api:
+    """One connection pool an account and process: a child must not read its parent's answers."""
     return api_for(Transport(account))
 
 
 def connect(api_key: str, environ: Environ = None) -> Api:
     """The API that a key belongs to. Raises InputError for a key or setting that cannot be right.
     `environ`, here and below: where HEDRA_ variables are read, os.environ unless given."""
-    return connected(open_account(api_key, environ))
+    return connected(open_account(api_key, environ), os.getpid())
+
+
+def check_settings(names: Iterable[str]) -> None:
+    """Raise InputError for what cannot be set beside the prompt: it would not be priced."""
+    if found := [name for name in names if name in OUR_FIELDS]:
+        raise InputError(f"{found[0]!r} has a parameter of its own, or is not free")
 
 
 def make_one(studio: Studio, clip: Clip) -> Path:
@@ -2823,6 +2871,7 @@ def make_video(
     sent, OutOfCredits, GenerationFailed, StillRunning (call again), ApiError.
     """
     environ, out = os.environ if environ is None else environ, Path(out)
+    check_settings(settings or ())
     if not prompt.strip():
         raise InputError("the prompt is blank: say in a few words what the person does")
     studio = Studio(
@@ -2884,6 +2933,7 @@ def start_generation(
     go as they are beside the prompt. Raises ApiError (`ambiguous` where it may have been carried
     out all the same), OutOfCredits."""
     api = connect(api_key, environ)
+    check_settings(settings or ())
     if not prompt.strip():
         raise InputError("the prompt is blank: say in a few words what the person does")
     name = model_id or get_default_model_id(api_key, environ=environ)
@@ -3491,7 +3541,7 @@ def cmd_credits(command: Command) -> int:
     """The balance, or what was spent."""
     args, view = command.args, command.view
     if args.spent:
-        folder = Path(setting(command.environ, "HEDRA_CACHE_DIR", ".cache"))
+        folder = Path(setting(command.environ, "HEDRA_CACHE_DIR", ".cache")).expanduser()
         return show_spent(Ledger(folder, time.sleep, view.say), view, as_json=args.json)
     balance = get_balance(command.key, environ=command.environ)
     shown = {"remaining": balance.remaining, "unit": balance.unit, **balance.more}
@@ -3519,12 +3569,6 @@ COMMANDS = {  # what each does, and what it is for
     "credits": (cmd_credits, "what the account can spend"),
     "voices": (cmd_voices, "who can speak: name, labels, id"),
 }
-OUR_FIELDS = (
-    "prompt", "text_prompt", "resolution", "aspect_ratio", "start_image", "audio", "audio_id",
-    "start_keyframe_id", "type", "generation_id", "idempotency_key", "model_slug", "ai_model_id",
-    "workspace_id", "batch_size", "num_outputs", "audio_generation",
-)
-
 
 def number(kind: Callable[[str], float], low: float, high: float, what: str) -> Any:
     """An argparse type: a number within limits."""
@@ -3549,8 +3593,10 @@ def pair(text: str) -> tuple[str, Any]:
     name = name.strip()
     if not name or not value.strip():
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    if name in OUR_FIELDS:
-        raise argparse.ArgumentTypeError(f"{name!r} has a flag of its own, or is not free")
+    try:
+        check_settings([name])
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     with contextlib.suppress(ValueError):
         parsed = read_json(value)
         json.dumps(parsed, allow_nan=False)
@@ -3624,7 +3670,7 @@ def read_environment(environ: Mapping[str, str], args: argparse.Namespace) -> di
     """Flag (some are named like the variable) over environment over .env."""
     found: dict[str, str | None] = {}
     if Path(".env").is_file():
-        text = io.StringIO(read_text(Path(".env")))
+        text = io.StringIO(read_text(Path(".env")).replace("\0", ""))
         found = need("dotenv").dotenv_values(stream=text, interpolate=False)
     flags = {name: value for name, value in vars(args).items() if name.startswith("HEDRA_")}
     values: dict[str, str] = {}
