@@ -2387,27 +2387,7 @@ class Studio:
         started = time.monotonic()
         deadline = min(self.deadline, started + self.timeout_s)
         with self.http.until(deadline, clip.effort), self.owned(clip):
-            self.ledger.load("clips", clip.key, owned=True)
-            planned, before, known = clip.state, clip.due, clip.generation_id
-            clip.state = self.judge(clip)
-            if planned in OPEN and clip.generation_id == known:  # else somebody has made it
-                clip.state = self.judge(clip, force=self.force)
-            elif clip.state in OPEN:
-                self.hold(clip, before or 0.0)
-            if clip.state == REFUSED:
-                raise GenerationFailed(
-                    f"refused before, and not paid again: {clip.record.text('reason')} (change "
-                    "portrait, recording, text or prompt; --force pays for a new take)",
-                    generation_id=clip.generation_id,
-                )
-            unsent = clip.record.text("state") in ("", NEW, "intent")
-            doubtful, found = clip.state == DOUBT, clip.found if unsent else ""
-            if found := found or (self.look(clip) if doubtful else ""):
-                self.accept(clip, found, paid=False)
-                clip.state = FLIGHT
-                if self.force and not doubtful and clip.kind == VIDEO:
-                    clip.state = NEW  # how old that one is nobody knows: a new one was asked for
-                    clip.record.save(state="done")
+            self.decide(clip)
             self.check(clip)
             if clip.state in OPEN:
                 self.order(clip)
@@ -2418,6 +2398,31 @@ class Studio:
             else:
                 self.collect(clip)
             clip.spent_s = round(time.monotonic() - started, 3)
+
+    def decide(self, clip: Clip) -> None:
+        """Judge once more, as another process may have been at work since the plan, and take up
+        what Hedra was found to have. Raises GenerationFailed for what was refused."""
+        self.ledger.load("clips", clip.key, owned=True)
+        planned, before, known = clip.state, clip.due, clip.generation_id
+        clip.state = self.judge(clip)
+        if planned in OPEN and clip.generation_id == known:  # else somebody has made it
+            clip.state = self.judge(clip, force=self.force)
+        elif clip.state in OPEN:
+            self.hold(clip, before or 0.0)
+        if clip.state == REFUSED:
+            raise GenerationFailed(
+                f"refused before, and not paid again: {clip.record.text('reason')} (change "
+                "portrait, recording, text or prompt; --force pays for a new take)",
+                generation_id=clip.generation_id,
+            )
+        unsent = clip.record.text("state") in ("", NEW, "intent")
+        doubtful, found = clip.state == DOUBT, clip.found if unsent else ""
+        if found := found or (self.look(clip) if doubtful else ""):
+            self.accept(clip, found, paid=False)
+            clip.state = FLIGHT
+            if self.force and not doubtful and clip.kind == VIDEO:
+                clip.state = NEW  # how old that one is nobody knows: a new one was asked for
+                clip.record.save(state="done")
 
     @contextlib.contextmanager
     def owned(self, clip: Clip) -> Iterator[None]:
