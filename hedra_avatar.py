@@ -2844,19 +2844,28 @@ def check_settings(names: Iterable[str]) -> None:
         raise InputError(f"{found[0]!r} has a parameter of its own, or is not free")
 
 
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """What the disk refuses comes out as a HedraError that names the file."""
+    try:
+        yield
+    except HedraError:  # StillRunning is an OSError as well
+        raise
+    except OSError as error:
+        raise HedraError(explain(error)) from error
+
+
 def make_one(studio: Studio, clip: Clip) -> Path:
     """Plan, afford, make: one clip for a program that calls."""
     studio.deadline = time.monotonic() + studio.timeout_s
     try:
-        with studio.http.until(studio.deadline):
+        with told(), studio.http.until(studio.deadline):
             studio.plan([clip])
             if clip.error:
                 raise clip.error
             studio.afford([clip])
             studio.make(clip)
         studio.settle([clip])
-    except OSError as error:
-        raise error if isinstance(error, HedraError) else HedraError(explain(error)) from error
     finally:
         studio.view.leave(clip)
     return clip.target
@@ -2966,7 +2975,7 @@ def wait_and_download(
     clip.record = studio.ledger.load("parts", key)
     clip.record.values |= {"generation_id": generation_id, "state": "submitted"}
     try:
-        with studio.http.until(time.monotonic() + timeout):
+        with told(), studio.http.until(time.monotonic() + timeout):
             target.parent.mkdir(parents=True, exist_ok=True)
             with studio.ledger.own(f"target {os.path.abspath(target)}", lambda: None):
                 studio.collect(clip)
