@@ -60,7 +60,7 @@ import tqdm  # noqa: F401  (imported under a frozen clock it would keep it)
 import urllib3
 import watchdog.observers  # noqa: F401
 from pytest_httpserver import HTTPServer
-from werkzeug import Request, Response, serving
+from werkzeug import Request, Response
 
 import hedra_avatar as hedra
 import sandbox.render
@@ -86,7 +86,6 @@ freezegun.configure(default_ignore_list=[*REAL])  # type: ignore[attr-defined]
 if os.access("/dev/shm", os.W_OK):  # half of the time would go into the disk
     os.environ["PYTEST_DEBUG_TEMPROOT"] = tempfile.tempdir = "/dev/shm"
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
-serving.WSGIRequestHandler.protocol_version = "HTTP/1.1"  # a connection is used again
 
 
 # ---- fixtures -----------------------------------------------------------------------------------
