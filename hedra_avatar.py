@@ -2218,14 +2218,15 @@ class Studio:
             takes.sort(key=lambda take: take.number("submitted_at") or math.inf)
         return [first, *takes]
 
-    def judge(self, clip: Clip, *, force: bool = False) -> str:
+    def judge(self, clip: Clip, *, force: bool = False, known: str | None = None) -> str:
         """What a clip needs, from its records and its files: the one place that says so. A take
-        that was never submitted leaves the one before in force."""
+        that was never submitted leaves the one before in force; `force` is a new
+        take of the generation that was `known` (None: whichever), not of what came since."""
         takes = self.takes(clip.key)
         submitted = [take for take in takes if take.text("state") not in ("", NEW)]
         record = clip.record = submitted[-1] if submitted else takes[0]
         state = record.text("state")
-        forced = force and clip.kind == VIDEO
+        forced = force and clip.kind == VIDEO and known in (None, clip.generation_id)
         if state == "intent":
             needs = DOUBT
         elif state == "submitted":
@@ -2253,12 +2254,7 @@ class Studio:
         if clip.state == DONE:
             return
         try:
-            try:
-                os.lstat(target)  # another OSError where its name is too long
-            except FileNotFoundError:
-                pass
-            else:
-                self.check_old(clip)
+            self.check_old(clip)
             target.parent.mkdir(parents=True, exist_ok=True)
             probe = hidden(target, str(os.getpid()))
             probe.touch()
@@ -2271,6 +2267,10 @@ class Studio:
         """Raise InputError unless what lies at the target may go: a result of ours, or what is left
         of one. Where the ledger was lost only the download will tell: then it `is_doubtful`."""
         target, name = clip.target, printable(clip.target)
+        try:
+            os.lstat(target)  # another OSError where its name is too long
+        except FileNotFoundError:
+            return
         if not target.is_file():
             raise InputError(f"{name} is a folder, or else no file that a video could replace")
         inputs = [file for file in (clip.audio, clip.image) if file.name and file.exists()]
@@ -2404,10 +2404,8 @@ class Studio:
         what Hedra was found to have. Raises GenerationFailed for what was refused."""
         self.ledger.load("clips", clip.key, owned=True)
         planned, before, known = clip.state, clip.due, clip.generation_id
-        clip.state = self.judge(clip)
-        if planned in OPEN and clip.generation_id == known:  # else somebody has made it
-            clip.state = self.judge(clip, force=self.force)
-        elif clip.state in OPEN:
+        clip.state = self.judge(clip, force=self.force and planned in OPEN, known=known)
+        if clip.state in OPEN and (planned not in OPEN or clip.generation_id != known):
             self.hold(clip, before or 0.0)
         if clip.state == REFUSED:
             raise GenerationFailed(
@@ -2494,8 +2492,9 @@ class Studio:
 
     def about(self, clip: Clip) -> dict[str, Any]:
         """For the person who reads the ledger."""
+        spoken = clip.speech or clip.kind == SPEECH
         return {
-            "clip": printable(clip.audio if clip.audio.name else clip.name), "kind": clip.kind,
+            "clip": printable(clip.name if spoken else clip.audio), "kind": clip.kind,
             "portrait": printable(clip.image.name and clip.image), "voice": clip.voice,
             "prompt": clip.prompt,
             "model": self.asked[clip.kind], "account": self.account.id, "unit": self.api.unit,
@@ -3388,7 +3387,7 @@ class Watcher:
                 if not clip.error and clip.state != DONE:
                     studio.afford([clip])
                     studio.make(clip)
-        except Exception as error:
+        except Exception as error:  # as in Command.make: a worker outlives it
             clip.error = error
         try:
             self.after(clip, wait, clip.error)
