@@ -975,7 +975,7 @@ EFFORT: ContextVar[dict[str, float]] = ContextVar("effort", default={})  # noqa:
 class Pace:
     """When requests may go out: none in the pause of a refusal, then with a gap that shrinks."""
 
-    gap_s, next_at, words = 0.0, -math.inf, ""  # `words` of the last refusal
+    gap_s, next_at = 0.0, -math.inf
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -995,7 +995,7 @@ class Pace:
     def refused(self, error: ApiError) -> None:
         """Too fast: a pause for all, and twice the gap from then on."""
         with self.lock:
-            self.words, now = error.words or self.words, time.monotonic()
+            now = time.monotonic()
             if now < self.next_at - self.gap_s:
                 return  # the echo of a burst that was answered for
             self.gap_s = min(5.0, max(0.1, 2 * self.gap_s))
@@ -1163,11 +1163,7 @@ class Transport:
         """One request to the API, with the key; raises ApiError for any answer but 2xx."""
         key, where = self.account.key, f"{method} {path}".split("?")[0]
         mine = {"Authorization": f"Bearer {key}"} if ":" in key else {"X-API-Key": key}
-        if (wait_s := self.pace.turn()) > max(0.0, self.longest_s()):
-            text = f"{where} has to wait {wait_s:.0f} s, and the time ends before"
-            text = f"{text}: {self.pace.words}; {LATER}"
-            raise RateLimited(text, retryable=True, retry_after=wait_s)
-        if wait_s > 0:
+        if (wait_s := self.pace.turn()) > 0:
             self.sleep(wait_s)
         headers = {"Accept": "application/json", **mine, **headers}
         response = self.send(method, self.account.base_url + path, headers, body, silence_s)
