@@ -543,14 +543,20 @@ class Reply:
 
     def text(self, *names: str) -> str:
         """The first of some fields that is a text and not blank, else ""."""
-        found = (self.values.get(name) for name in names)
-        return next((v for v in found if isinstance(v, str) and v.strip()), "")
+        for name in names:
+            if isinstance(value := self.values.get(name), str) and value.strip():
+                return value
+        return ""
 
     def number(self, *names: str) -> float | None:
         """The first of some fields that is a finite number, else None."""
-        found = (self.values.get(name) for name in names)
-        numbers = (v for v in found if isinstance(v, int | float) and not isinstance(v, bool))
-        return next((v for v in numbers if abs(v) <= sys.float_info.max), None)
+        for name in names:
+            value = self.values.get(name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if abs(value) <= sys.float_info.max:
+                return value
+        return None
 
     def figure(self, name: str, default: float) -> float:
         """A number, `default` where the field is absent, NaN where it is something else."""
@@ -803,9 +809,14 @@ def publish(draft: Path, target: Path, *, sync: bool = True) -> None:
 class Record(Reply):
     """A small JSON file, readable by a person; only the owner of its lock may save it."""
 
-    def __init__(self, path: Path, values: Any = None) -> None:
-        super().__init__(values, str(path))
-        self.path, self.lock = path, threading.Lock()
+    def __init__(self, name: str | Path = "", values: Any = None) -> None:
+        super().__init__(values, str(name))
+        self.lock = threading.Lock()
+
+    @functools.cached_property
+    def path(self) -> Path:
+        """Where it lies."""
+        return Path(self.where)
 
     def save(self, *, sync: bool = False, **changes: Any) -> None:
         """Change some values in one step: who reads it sees the old text or the new; with `sync` a
@@ -862,7 +873,7 @@ class Clip:
 
     def __init__(self, name: str, target: Path, **wishes: Any) -> None:
         self.name, self.target, self.effort = name, target, dict[str, float]()
-        self.record = Record(Path())  # of its take
+        self.record = Record()  # of its take
         self.__dict__.update(wishes)
 
     @property
@@ -1827,22 +1838,23 @@ class Ledger:
     def load(self, kind: str, key: str, *, owned: bool = False) -> Record:
         """The record, empty if there is none. A damaged one is set aside by its owner, and what
         can still be read of it (which take it was) is kept: forgetting that could pay again."""
-        path = Path(f"{self.folder}/{kind}/{key}.json")
+        name = f"{self.folder}/{kind}/{key}.json"
         try:
-            raw = path.read_bytes()
+            with open(name, "rb") as file:
+                raw = file.read()
         except (FileNotFoundError, NotADirectoryError):
-            return Record(path)
+            return Record(name)
         with contextlib.suppress(ValueError):
             if isinstance(values := read_json(raw), dict):
-                return Record(path, values)
+                return Record(name, values)
         text = raw.decode("utf-8", "replace")
         kept = dict(re.findall(r'"(take|audio|generation_id)": "([^"\\]+)"', text))
         takes = re.findall(r'"([0-9a-f]{16})"', text.partition('"takes": [')[2].partition("]")[0])
-        record = Record(path, {**kept, "takes": takes, "state": "intent"})
+        record = Record(name, {**kept, "takes": takes, "state": "intent"})
         if owned:
-            aside = path.with_name(f"{key}.damaged-{time.time_ns()}")
-            self.say(f"warning: {path} is damaged, set aside as {aside.name}; Hedra is asked")
-            os.replace(path, aside)
+            aside = record.path.with_name(f"{key}.damaged-{time.time_ns()}")
+            self.say(f"warning: {name} is damaged, set aside as {aside.name}; Hedra is asked")
+            os.replace(name, aside)
             record.save(sync=True)
         return record
 
@@ -1903,10 +1915,15 @@ class Ledger:
         `nearby`, under any name beside those."""
         places, seen = record.part("videos"), record.part("seen")
         digests = {places.text(place) for place in places.values}
-        files = [target, *(Path(self.home, place) for place in places.values)]
-        if nearby:
-            files += [file for folder in {f.parent for f in files} for file in folder.glob("*.mp4")]
-        for file in files if digests else ():
+
+        def candidates() -> Iterator[Path]:
+            yield target
+            known = [Path(self.home, place) for place in places.values]
+            yield from known
+            for folder in {file.parent for file in [target, *known]} if nearby else ():
+                yield from folder.glob("*.mp4")
+
+        for file in candidates() if digests else ():
             with contextlib.suppress(OSError, InputError):
                 sign = seen.text(self.place(file))
                 if sign == signature(file) or video_digest(file) in digests:
@@ -1923,11 +1940,15 @@ class Ledger:
     def is_ours(self, file: Path) -> bool:
         """Whether a file is the result of any take."""
         digest = video_digest(file).encode()
-        return any(digest in path.read_bytes() for path in self.clips())
+        folder = self.folder / "clips"
+        return any(digest in (folder / f"{key}.json").read_bytes() for key in self.clips())
 
-    def clips(self) -> list[Path]:
-        """The records of all takes."""
-        return sorted((self.folder / "clips").glob("*.json"))
+    def clips(self) -> list[str]:
+        """The keys of the records of all takes."""
+        import glob
+
+        names = sorted(glob.glob("*.json", root_dir=self.folder / "clips"))
+        return [name.removesuffix(".json") for name in names]
 
 
 # ---- downloading: hidden, Download --------------------------------------------------------------
@@ -2117,7 +2138,8 @@ class Studio:
     def plan_open(self, clips: Sequence[Clip]) -> None:
         """Where some clips may still have to be paid: are they, and what do they cost?"""
         self.look_for([p for clip in clips if clip.state in OPEN for p in clip.parts])
-        ranked = sorted(clips, key=lambda clip: clip.seconds or 0.0)
+        todo = [clip for clip in clips if clip.state != DONE]
+        ranked = sorted(todo, key=lambda clip: clip.seconds or 0.0)
         for clip in ranked[-1:] + ranked[:-1]:  # see JobsApi.price
             with self.blamed(clip):
                 self.check(clip)
@@ -2199,7 +2221,7 @@ class Studio:
         """The names of the takes that lie on the disk, by clip: a first record that is damaged or
         lost does not lose the others."""
         found = dict[str, list[str]]()
-        for key, _, name in (path.stem.partition(".") for path in self.ledger.clips()):
+        for key, _, name in (key.partition(".") for key in self.ledger.clips()):
             found.setdefault(key, []).extend([name] * bool(name))
         return found
 
@@ -3022,7 +3044,8 @@ def stem_of(name: str) -> str:
 
 def beside(source: Path, suffixes: Sequence[str], names: Names) -> list[Path]:
     """The files beside a recording that have its name and one of some suffixes."""
-    wanted = [stem_of(source.name) + suffix for suffix in suffixes]
+    stem = stem_of(source.name)
+    wanted = [stem + suffix for suffix in suffixes]
     found = [names.get(name) or names.get(name.lower()) for name in wanted]
     return [source.parent / name for name in found if name]
 
@@ -3075,7 +3098,8 @@ def clip_of(source: Path, args: argparse.Namespace, names: Names, text: str = ""
         ways = f"put {printable(name)}.png beside it, give --img FILE, or set FRIEND_IMG"
         raise InputError(f"{printable(source)} has no portrait: {ways}")
     clip = Clip(
-        name, Path(args.out or Path(args.out_dir) / f"{name}.mp4"), image=Path(image), audio=source,
+        name, Path(args.out) if args.out else Path(args.out_dir, f"{name}.mp4"), audio=source,
+        image=Path(image),
         prompt=chosen([".txt"], args.prompt, DEFAULT_PROMPT).strip(), settings=dict(args.set),
         resolution=args.resolution, aspect_ratio=args.aspect_ratio,
     )
@@ -3523,7 +3547,7 @@ def cmd_watch(command: Command) -> int:
 def show_spent(ledger: Ledger, view: View, *, as_json: bool) -> int:
     """What this cache's ledger says was paid: a line for each month and unit."""
     months: dict[tuple[str, str], dict[str, Any]] = {}
-    for take in (ledger.load("clips", path.stem) for path in ledger.clips()):
+    for take in (ledger.load("clips", key) for key in ledger.clips()):
         at, name = take.number("submitted_at"), take.text("generation_id")
         if not name or at is None:
             continue
