@@ -138,8 +138,6 @@ class HedraError(Exception):
     code = words = trace_id = generation_id = ""
     retry_after: float | None = None
     retryable = ambiguous = False  # the same may succeed later; it may have been carried out
-    transient = False  # of a failed generation: Hedra says that it may pass
-    cost: float | None = None  # of a failed generation: what Hedra has billed
     is_of_all = False  # every clip would meet it now: no network, no access, no funds
     unfinished = False  # of a file: cut short, or still being written
 
@@ -915,6 +913,11 @@ class Clip:
         open_parts = [part for part in self.parts if part.state in OPEN]
         return total(part.price for part in open_parts) if self.state in OPEN else 0.0
 
+    @property
+    def margin(self) -> float:
+        """What its price counts against a cap: a guess with a fifth on top."""
+        return 1.2 if self.is_estimate else 1.0
+
     def bill(self) -> tuple[bool, float | None, float | None]:
         """Whether this very run paid for it, what was quoted, and what Hedra has billed."""
         if paid := [part for part in self.parts if part.paid]:
@@ -931,6 +934,12 @@ class Clip:
         finally:
             spent_s = self.effort.get(name, 0.0) + time.monotonic() - before
             self.effort[name] = round(spent_s, 3)
+
+
+def open_parts(clips: Iterable[Clip]) -> list[Clip]:
+    """What is still to be paid for some clips, each once: some may be alike, or say the same."""
+    parts = {part.key: part for clip in clips if clip.state in OPEN for part in clip.parts}
+    return [part for part in parts.values() if part.state in OPEN]
 
 
 # ---- retry: retry, backoff_s --------------------------------------------------------------------
@@ -1049,8 +1058,10 @@ def bounded(pools: Any) -> Any:
     import socket
 
     def shut(connection: Any) -> None:
-        with contextlib.suppress(OSError, AttributeError):  # not through TLS, which would wait
-            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+        # Not through TLS, which would wait; TLS in TLS, to a proxy, has a socket inside.
+        inner = getattr(connection.sock, "socket", connection.sock)
+        with contextlib.suppress(OSError, TypeError):  # TypeError: it is gone
+            socket.socket.shutdown(inner, socket.SHUT_RDWR)
 
     class Bounded(pools.ConnectionCls):  # type: ignore[misc]
         def getresponse(self) -> Any:
@@ -1076,10 +1087,8 @@ class Transport:
 
     waiting = ended = 0  # generations whose end is, or was, waited for
 
-    def __init__(
-        self, account: Account, *, connections: int = 64, stop: threading.Event | None = None
-    ) -> None:
-        self.account, self.connections, self.pools = account, connections, dict[str, Any]()
+    def __init__(self, account: Account, stop: threading.Event | None = None) -> None:
+        self.account, self.pools = account, dict[str, Any]()
         self.pace, self.stop = Pace(), stop or threading.Event()
         self.changed = threading.Condition()  # for `waiting` and `ended`
 
@@ -1146,7 +1155,10 @@ class Transport:
             if proxy:
                 secret = urllib3.make_headers(proxy_basic_auth=unquote(login)) if login else {}
                 pool = functools.partial(urllib3.ProxyManager, proxy, proxy_headers=secret)
-            pool = pool(maxsize=self.connections, block=True, retries=False)
+            try:
+                pool = pool(maxsize=1000, retries=False)
+            except ValueError:
+                raise InputError(f"the proxy {printable(proxy)} is no address") from None
             kinds = pool.pool_classes_by_scheme.items()
             pool.pool_classes_by_scheme = {scheme: bounded(pools) for scheme, pools in kinds}
             self.pools[proxy] = pool
@@ -1283,7 +1295,7 @@ class Transport:
         """GET a file from another host: without the key, and only over an encrypted line."""
         for _ in range(5):
             try:
-                url = clean_url(url)
+                clean_url(url)
             except InputError as error:  # a fresh address may be another
                 raise ApiError(f"{error}; {LATER}", retryable=True, code="ADDRESS") from None
             response = self.send("GET", url, {"Accept-Encoding": "identity", **headers})
@@ -1441,9 +1453,7 @@ class WebApi:
             if not fresh or len(rows) < 100:
                 return
 
-    def iter_status(self, name: str, interval_s: float, grace_s: float) -> Iterator[Status]:
-        """Looks at a generation until it has ended; raises StillRunning at the deadline."""
-        return iter_polls(self, name, interval_s, grace_s)
+    iter_status = iter_polls
 
     def result(self, generation_id: str, kind: str = VIDEO) -> Status:
         """A fresh address of the result: from the status or, where that has none, the asset."""
@@ -1631,7 +1641,7 @@ class JobsApi:
         status, output = parse_status(reply), (reply.rows("outputs") or [Reply({})])[0]
         if output.text("status") == "EXPIRED":
             text = f"the result of {job_id} has expired: Hedra keeps outputs for 48 hours"
-            raise HedraError(text, code="EXPIRED", generation_id=job_id)
+            raise ApiError(text, code="EXPIRED", generation_id=job_id)
         if output.text("status") == "FAILED":
             failure, transient = parse_failure(output.part("error"))
             status = status._replace(state=FAILED, failure=failure, transient=transient)
@@ -1646,7 +1656,7 @@ class JobsApi:
         wishes |= self.body(clip)
         alike = {**wishes, "duration_ms": 0, "prompt": ""}
         known = self.quoted.setdefault(json.dumps([clip.model.id, alike]), {})
-        below, above = [x for x in known if x <= at], [x for x in known if x >= at]
+        below, above = [x for x in [*known] if x <= at], [x for x in [*known] if x >= at]
         if below and above and (at in known or len(known) >= QUOTES):
             low, high = max(below), min(above)
             share = (at - low) / (high - low or 1.0)
@@ -1837,7 +1847,7 @@ class Ledger:
     def __init__(self, folder: Path, sleep: Sleep, say: Callable[[str], object]) -> None:
         self.folder, self.sleep, self.say = Path(os.path.abspath(folder)), sleep, say
         self.home = str(self.folder.parent)
-        self.seen: dict[tuple[str, str], Media] = {}
+        self.seen: dict[tuple[str, str, str], Media] = {}
 
     def load(self, kind: str, key: str, *, owned: bool = False) -> Record:
         """The record, empty if there is none. A damaged one is set aside by its owner, and what
@@ -1893,7 +1903,7 @@ class Ledger:
         name, sign = os.path.abspath(file), ""
         with contextlib.suppress(OSError):
             sign = signature(name)
-        if media := self.seen.get((name, sign)):
+        if media := self.seen.get((kind, name, sign)):
             return media
         record = self.load("files", digest_of(name))
         media = Media(
@@ -1907,7 +1917,7 @@ class Ledger:
             if sign != signature(name):
                 raise InputError(f"{printable(file)} changes while it is read; run it again later")
             record.save(file=printable(name), signature=sign, **media._asdict())
-        self.seen[name, sign] = media
+        self.seen[kind, name, sign] = media
         return media
 
     def place(self, file: Path) -> str:
@@ -2201,17 +2211,16 @@ class Studio:
         import difflib
 
         wanted = asked.casefold()
-        with self.lock:
-            memo = self.ledger.load("voices", digest_of(self.account.id, self.asked[SPEECH]))
-            if len(known := memo.part("names").texts(wanted)) == 1:
-                return known[0]
-            voices = self.api.voices(self.asked[SPEECH])
-            named = [voice.id for voice in voices if voice.name.casefold() == wanted]
-            found = [voice.id for voice in voices if voice.id == asked] or named
-            if len(found) == 1:
-                if UUID_SHAPE.search(found[0]):
-                    memo.save(names={**memo.part("names").values, wanted: found})
-                return found[0]
+        memo = self.ledger.load("voices", digest_of(self.account.id, self.asked[SPEECH]))
+        if len(known := memo.part("names").texts(wanted)) == 1:
+            return known[0]
+        voices = self.api.voices(self.asked[SPEECH])
+        named = [voice.id for voice in voices if voice.name.casefold() == wanted]
+        found = [voice.id for voice in voices if voice.id == asked] or named
+        if len(found) == 1:
+            if UUID_SHAPE.search(found[0]):
+                memo.save(names={**memo.part("names").values, wanted: found})
+            return found[0]
         if found:
             which = f"voices named {asked!r}: {', '.join(found)}"
             raise InputError(f"{which}; give --voice the id of one")
@@ -2305,7 +2314,8 @@ class Studio:
             return
         clip.is_doubtful = not known and clip.state != NEW
         place, seen = self.ledger.place(target), clip.record.part("seen")
-        cut = size < int(seen.text(place).partition(".")[0] or size + 1) and is_film(target)
+        was = parse_number(seen.text(place).partition(".")[0])
+        cut = (was is None or size < was) and is_film(target)
         if clip.is_doubtful or (cut and not whole and place in known):
             return
         raise InputError(
@@ -2374,14 +2384,16 @@ class Studio:
         counts an estimate with a fifth on top."""
         wanted, unit = [clip for clip in clips if clip.state in OPEN], self.api.unit
         self.tell_unknown(wanted, cap)
-        high = round(sum((c.due or 0) * (1.2 if c.is_estimate else 1) for c in wanted), 6)
+        parts = open_parts(wanted)
+        high = round(sum(part.margin * (part.price or 0) for part in parts), 6)
         self.cap, self.planned = cap, high
         if cap is not None and high > cap:
             guess = " (with a fifth on top of guesses)" * any(c.is_estimate for c in wanted)
             text = f"to make: {len(wanted)}, for about {amount(high, unit)}{guess}; --max-credits"
             raise OutOfCredits(f"{text} is {amount(cap, unit)}; nothing was uploaded or paid")
         # What is in doubt may be paid already: there the server has the last word.
-        price = round(sum(clip.due or 0 for clip in wanted if clip.state == NEW), 6)
+        new = open_parts(clip for clip in wanted if clip.state == NEW)
+        price = round(sum(part.price or 0 for part in new), 6)
         if self.balance and price > (left := self.balance.remaining):
             how = "add funds and run the same command again; nothing was uploaded or paid"
             costs, has = amount(price, unit), amount(left, unit)
@@ -2450,10 +2462,9 @@ class Studio:
         name, target = printable(clip.target), os.path.abspath(clip.target)
         busy = f"{name} is being written by another process, for another clip; nothing was paid"
         waiting = functools.partial(self.view.state, clip, "waiting", "it is made elsewhere")
-        with (
-            self.ledger.own(f"clip {clip.key}", waiting),
-            self.ledger.own(f"target {target}", f"{busy}: give this one another --out"),
-        ):
+        mine = self.ledger.own(f"clip {clip.key}", waiting)
+        place = self.ledger.own(f"target {target}", f"{busy}: give this one another --out")
+        with mine, place:
             yield
 
     def begin_take(self, clip: Clip) -> None:
@@ -2483,11 +2494,14 @@ class Studio:
         except OutOfCredits as error:
             self.broke = error
             raise
-        self.accept(clip, generation_id, paid=fresh and clip.state != DOUBT)
+        # A replay does not tell whether it is one; else it has been looked for before.
+        replayed = clip.state == DOUBT and self.api.replays
+        self.accept(clip, generation_id, paid=fresh and not replayed)
 
     def speak(self, clip: Clip, speech: Clip) -> None:
         """Make the speech of a clip first, or take the one that there is; then its video has a
         known length and price, which is held against the cap once more."""
+        margin = clip.margin
         try:
             self.make(speech)
         except HedraError as error:
@@ -2499,7 +2513,7 @@ class Studio:
         speech.state = DONE
         self.hear(clip, speech)
         before, clip.price = clip.price, None
-        self.hold(clip, 1.2 * (before or 0))
+        self.hold(clip, margin * (before or 0))
 
     def hold(self, clip: Clip, before: float) -> None:
         """Hold what is to be paid by now, and was `before` in the plan, against the cap."""
@@ -2631,8 +2645,7 @@ class Studio:
                     if of_rate or not http.waiting:  # alone, and refused: it is the rate
                         http.pace.refused(error)
                     else:
-                        pause_s = error.retry_after
-                        pause_s = backoff_s(refusals, 1.0, cap=8.0) if pause_s is None else pause_s
+                        pause_s = error.retry_after or backoff_s(refusals, 1.0, cap=8.0)
                         http.await_end(ended, min(pause_s, http.longest_s()))
                     self.be_patient()
 
@@ -2718,8 +2731,7 @@ class Studio:
         if status.state == FAILED:
             text = f"Hedra could not make it: {status.failure} [generation {clip.generation_id}]"
             clip.record.save(state="refused", reason=text, transient=status.transient)
-            evidence = {"transient": status.transient, "cost": status.cost}
-            raise GenerationFailed(text, generation_id=clip.generation_id, **evidence)
+            raise GenerationFailed(text, generation_id=clip.generation_id)
         return status
 
     def watch(self, clip: Clip, grace_s: float) -> Status:
@@ -2760,9 +2772,7 @@ class Studio:
         if error.code == "EXPIRED" or (delivered and error.status == 404):
             error.add("it is neither at Hedra nor on this disk: --force pays for a new take")
         elif error.status == 404 and not error.ambiguous:
-            if not self.api.replays and clip.generation_id != clip.reserved:
-                clip.record.save(state="intent")  # of what was answered there is no trace
-            error.add(f"{LATER}; only if it stays so, --force pays for a new take")
+            error.add(LATER)
         return error
 
     def fetch(self, clip: Clip, url: str) -> None:
@@ -2834,7 +2844,7 @@ def copy_file(source: Path, target: Path) -> None:
     """Copy a video that lies elsewhere on this disk: whole and synced, or not at all."""
     if source == target:
         return
-    part = hidden(target, str(os.getpid()))
+    part = hidden(target, "copy")
     try:
         shutil.copyfile(source, part)
         publish(part, target)
@@ -2990,8 +3000,8 @@ def wait_and_download(
     and download it to `out_dir`/`name`.mp4 (default: its id), the path; a terminal shows how far it
     is. Raises GenerationFailed, StillRunning (a TimeoutError: nothing is lost), ApiError."""
     target = Path(out_dir) / ((name or re.sub(r"[^\w.-]", "_", generation_id)) + ".mp4")
-    view = view or open_view(quiet=not (sys.stderr and sys.stderr.isatty()))
-    studio = Studio(connect(api_key, environ), view, interval_s=poll_interval)
+    shown = view or open_view(quiet=not (sys.stderr and sys.stderr.isatty()))
+    studio = Studio(connect(api_key, environ), shown, interval_s=poll_interval)
     clip, key = Clip(target.stem, target), digest_of(os.path.abspath(target), generation_id)
     clip.record = studio.ledger.load("parts", key)
     clip.record.values |= {"generation_id": generation_id, "state": "submitted"}
@@ -3003,7 +3013,9 @@ def wait_and_download(
     finally:
         if not hidden(target, generation_id).exists():  # else its ETag is needed to go on
             clip.record.path.unlink(missing_ok=True)
-        view.close()
+        shown.leave(clip)
+        if not view:
+            shown.close()
     return target
 
 
@@ -3051,7 +3063,7 @@ def beside(source: Path, suffixes: Sequence[str], names: Names) -> list[Path]:
     stem = stem_of(source.name)
     wanted = [stem + suffix for suffix in suffixes]
     found = [names.get(name) or names.get(name.lower()) for name in wanted]
-    return [source.parent / name for name in found if name]
+    return [source.parent / name for name in found if name and name != source.name]
 
 
 def source_names(names: Names) -> dict[str, list[str]]:
@@ -3141,7 +3153,7 @@ def table(clips: Sequence[Clip], left: str, unit: str, columns: int) -> str:
         rows.append((printable(clip.name), seconds, price, printable(state)))
     new = [clip for clip in clips if clip.state == NEW]
     seconds = f"{sum(clip.seconds or 0 for clip in new):.1f}"
-    due = amount(total(clip.due for clip in clips), "").strip()
+    due = amount(total(part.price for part in open_parts(clips)), "").strip()
     rows.append(("total", seconds, due, f"{len(new)} new; balance: {left}"))
     width = max(5, min(max(len(row[0]) for row in rows), columns - 36))
     cut = [(n if len(n) <= width else f"{n[: width - 1]}…", *others) for n, *others in rows]
@@ -3199,8 +3211,7 @@ class Command:
     @functools.cached_property
     def studio(self) -> Studio:
         """What the flags ask for, on the account of the environment."""
-        args, account = self.args, open_account(self.key, self.environ)
-        http = Transport(account, connections=max(4, args.jobs), stop=self.stop)
+        args, http = self.args, Transport(open_account(self.key, self.environ), self.stop)
         return Studio(
             api_for(http), self.view, model=setting(self.environ, "HEDRA_MODEL_ID"),
             speech_model=args.speech_model, timeout_s=args.timeout, interval_s=args.poll_interval,
@@ -3219,7 +3230,11 @@ class Command:
             self.view.leave(start)
             if args.dry_run:
                 return self.show_plan(clips)
-            studio.afford(clips, args.max_credits)
+            try:
+                studio.afford(clips, args.max_credits)
+            except HedraError as error:
+                self.refuse(clips, error)
+                raise
         if alone:
             studio.deadline = deadline
         else:
@@ -3235,6 +3250,13 @@ class Command:
         self.settle(clips)
         self.view.close()
         return self.tell_end(clips)
+
+    def refuse(self, clips: Sequence[Clip], error: HedraError) -> None:
+        """Nothing is made, for want of funds. That is told once, by main; here what else fails."""
+        self.tell_failed(clips)
+        for clip in clips:
+            clip.error = clip.error or (error if clip.state != DONE else None)
+        self.settle(clips)
 
     def show_plan(self, clips: Sequence[Clip]) -> int:
         """The answer to --dry-run; the exit status."""
@@ -3252,7 +3274,7 @@ class Command:
             columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
             left = amount(balance.remaining, balance.unit) if balance else "?"
             self.view.result(table(clips, left, unit, columns))
-        return int(any(clip.error for clip in clips))
+        return self.tell_failed(clips)
 
     def make(self, clip: Clip) -> None:
         """Make a clip; what goes wrong becomes its error, for the others to go on."""
@@ -3261,7 +3283,6 @@ class Command:
             self.studio.make(clip)
         except Exception as error:  # a worker outlives whatever a clip does to it
             clip.error, clip.spent_s = error, round(time.monotonic() - started, 3)
-            tell_traceback(self.args, self.view, error)
         self.report(clip)
 
     def report(self, clip: Clip) -> None:
@@ -3298,7 +3319,13 @@ class Command:
         if self.studio.broke and unsent:
             missing = amount(total(clip.due for clip in unsent), unit)
             complain(f"out of funds; clips not sent: {len(unsent)}, they need about {missing}")
+        return self.tell_failed(clips)
+
+    def tell_failed(self, clips: Sequence[Clip]) -> int:
+        """Say what failed, and why; the exit status."""
+        failed = [(clip, clip.error) for clip in clips if clip.error]
         for clip, error in failed:
+            tell_traceback(self.args, self.view, error)
             complain(f"{clip.name}: {explain(error)}")
         return int(bool(failed))
 
@@ -3466,6 +3493,8 @@ def is_final(clip: Clip, error: Exception) -> bool:
     """Whether a clip as it is will never be made: its files, or what Hedra says of them."""
     refused = getattr(error, "status", 0) in (400, 413, 415, 422)
     if refused and not getattr(error, "retryable", False) and not clip.generation_id:
+        return True
+    if getattr(error, "code", "") == "EXPIRED":
         return True
     of_disk = isinstance(error.__cause__, OSError)
     return isinstance(error, InputError | GenerationFailed) and not of_disk
@@ -3689,7 +3718,7 @@ def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     """Every command; given `argv`, with flags for the one named there, which saves time."""
     purpose, _, manual = (__doc__ or "").partition("\n\n")
     style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    style["epilog"] = manual
+    style |= {"epilog": manual, "allow_abbrev": False}
     parser = argparse.ArgumentParser(prog="hedra_avatar", description=purpose, **style)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
