@@ -107,7 +107,7 @@ GRACE_S = 30.0  # after a submit, a status of 404 may still mean "not yet"
 FORCE_AFTER_S = 3600.0  # a take in flight that is younger is taken up by --force as well
 KEPT_S = 48 * 3600.0  # so long the jobs API keeps what it has made
 LONGEST_RETRY_AFTER_S = 300.0  # that is waited for where there is no deadline
-MODEL_AGE_S = 86_400.0  # then the catalogue is asked again, for the price
+MODEL_AGE_S = 3600.0  # then the catalogue is asked again, for the price
 BLOCK_BYTES = 1 << 20
 ANSWER_BYTES, EVENT_BYTES, VIDEO_BYTES = 16 << 20, 1 << 20, 8 << 30  # none of Hedra's is longer
 PROMPT_BYTES, TEXT_BYTES = 64 << 10, 256 << 10  # of a prompt, of a text to be spoken
@@ -275,7 +275,8 @@ def clean_url(raw: str) -> str:
     url = raw.strip().rstrip("/")
     with contextlib.suppress(ValueError):  # the port is no port
         parts = urlsplit(url)
-        if parts.hostname and parts.port != 0 and "@" not in parts.netloc:
+        if parts.hostname and parts.port != 0 and not re.search(r"[@\s]", parts.netloc):
+            parts.hostname.encode("idna")  # which knows names that no host has
             local = re.fullmatch(r"localhost|::1|127(\.\d{1,3}){3}", parts.hostname)
             if parts.scheme == "https" or (parts.scheme == "http" and local):
                 return url
@@ -297,7 +298,7 @@ def open_account(api_key: str, environ: Mapping[str, str] | None = None) -> Acco
     raw = setting(environ, "HEDRA_HTTP_TIMEOUT", f"{SILENCE_TIMEOUT_S}")
     if not (silence_s := parse_number(raw)):
         raise InputError(f"HEDRA_HTTP_TIMEOUT is {printable(raw)!r}: give seconds, as in 60")
-    cache = Path(setting(environ, "HEDRA_CACHE_DIR", ".cache")).expanduser()
+    cache = Path(os.path.expanduser(setting(environ, "HEDRA_CACHE_DIR", ".cache")))
     return Account(key, url, setting(environ, "HEDRA_WORKSPACE_ID"), cache, min(silence_s, 86_400))
 
 
@@ -404,7 +405,10 @@ def is_whole(data: bytes, content_type: str, size: int) -> bool:
     if content_type == "image/png":
         return b"IEND\xaeB`\x82" in data
     if content_type == "image/jpeg":
-        return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda") > 0  # a preview's end is before
+        at = 2  # from segment to segment: a preview, or a film behind it, has an end of its own
+        while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in (b"\xda", b""):
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        return data.find(b"\xff\xd9", at) > 0
     if content_type in ("image/webp", "audio/aiff"):
         riff = content_type == "image/webp"
         return int.from_bytes(data[4:8], "little" if riff else "big") + 8 <= size
@@ -468,17 +472,18 @@ def inspect_open(stream: IO[bytes], file: Path, kind: Kind) -> Media:
     if kind == "image":
         return Media(content_type, size)
     wav = content_type == "audio/wav"
-    seconds = wav_seconds(stream, size) if wav else probed_seconds(file)
-    if seconds is not None and not MIN_SECONDS <= seconds <= MAX_SECONDS:
-        raise InputError(f"it lasts {seconds:.2f} s; Hedra takes {MIN_SECONDS} to {MAX_SECONDS} s")
-    return Media(content_type, size, seconds)
+    return Media(content_type, size, wav_seconds(stream, size) if wav else probed_seconds(file))
 
 
 def inspect_file(file: Path, kind: Kind) -> Media:
     """Look at a file before anything is sent; raises InputError that names it."""
     with open_regular(file) as stream:
         try:
-            return inspect_open(stream, file, kind)
+            media = inspect_open(stream, file, kind)
+            if media.seconds is not None and not MIN_SECONDS <= media.seconds <= MAX_SECONDS:
+                takes = f"Hedra takes {MIN_SECONDS} to {MAX_SECONDS} s"
+                raise InputError(f"it lasts {media.seconds:.2f} s; {takes}")
+            return media
         except InputError as error:
             cut = "is cut short or still being written" if error.unfinished else "cannot be used"
             text = f"{printable(file)} {cut}: {error}"
@@ -487,11 +492,8 @@ def inspect_file(file: Path, kind: Kind) -> Media:
 
 def inspect_film(file: Path, kind: str = VIDEO) -> Media | None:
     """What a video (or, of that kind, a speech) holds, None where it is not whole."""
-    if kind == VIDEO:
-        with open_regular(file) as stream:
-            return read_film(stream)
-    with contextlib.suppress(InputError):
-        return inspect_file(file, "audio")
+    with open_regular(file) as stream, contextlib.suppress(InputError):
+        return read_film(stream) if kind == VIDEO else inspect_open(stream, file, "audio")
     return None
 
 
@@ -658,8 +660,9 @@ def parse_retry_after(value: str) -> float | None:
     """Seconds to wait from a Retry-After header: a number or an HTTP date, else None."""
     from email.utils import parsedate_to_datetime
 
-    if (seconds := parse_number(value)) is not None:
-        return seconds
+    with contextlib.suppress(ValueError):
+        if (seconds := float(value)) >= 0:  # also one with more digits than a number has
+            return seconds
     with contextlib.suppress(ValueError, OverflowError):
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     return None
@@ -997,34 +1000,24 @@ EFFORT: ContextVar[dict[str, float]] = ContextVar("effort", default={})  # noqa:
 
 
 class Pace:
-    """When requests may go out: none in the pause of a refusal, then with a gap that shrinks."""
+    """When requests may go out: none in the pause after a refusal, and then not all at once."""
 
-    gap_s, next_at = 0.0, -math.inf
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
+    until, pause_s = -math.inf, 1.0
 
     def turn(self) -> float:
-        """Seconds to wait until a request may go out; its place in the queue is taken."""
-        with self.lock:
-            now = time.monotonic()
-            at = max(now, self.next_at)
-            self.next_at = at + self.gap_s
-            return at - now
-
-    def accepted(self) -> None:
-        """Not too fast: a little faster from now on."""
-        self.gap_s = self.gap_s * 0.98 if self.gap_s > 0.01 else 0.0
+        """Seconds to wait until a request may go out: who waits comes back at random, spread over
+        as long again."""
+        left_s = self.until - time.monotonic()
+        return left_s + backoff_s(0, self.pause_s) if left_s > 0 else 0.0
 
     def refused(self, error: ApiError) -> None:
-        """Too fast: a pause for all, and twice the gap from then on."""
-        with self.lock:
-            now = time.monotonic()
-            if now < self.next_at - self.gap_s:
-                return  # the echo of a burst that was answered for
-            self.gap_s = min(5.0, max(0.1, 2 * self.gap_s))
-            pause_s = 8 * self.gap_s if error.retry_after is None else error.retry_after
-            self.next_at = now + pause_s + backoff_s(0, self.gap_s)
+        """Too fast: a pause for all; where Hedra does not say how long, the next one is longer."""
+        now = time.monotonic()
+        if now < self.until:
+            return  # the echo of a burst that was answered for
+        again = now < self.until + 2 * self.pause_s
+        self.pause_s = error.retry_after or (min(30.0, 2 * self.pause_s) if again else 1.0)
+        self.until = now + self.pause_s
 
 
 @contextlib.contextmanager
@@ -1142,20 +1135,20 @@ class Transport:
         from urllib.request import getproxies, proxy_bypass
 
         parts, proxies, urllib3 = urlsplit(url), getproxies(), need("urllib3")
-        named = proxies.get("https") or proxies.get("all") or ""
+        named = (proxies.get("https") or proxies.get("all") or "").strip()
         if parts.scheme != "https" or proxy_bypass(parts.netloc):
             named = ""
         scheme, _, rest = named.rpartition("://")
         login, _, host = rest.rpartition("@")
-        if scheme not in ("", "http", "https"):
+        if (scheme := scheme.lower()) not in ("", "http", "https"):
             raise InputError(f"the proxy {scheme}://{printable(host)} is none of http or https")
         proxy = f"{scheme or 'http'}://{host}" if host else ""
         if proxy not in self.pools:
             pool = urllib3.PoolManager
-            if proxy:
-                secret = urllib3.make_headers(proxy_basic_auth=unquote(login)) if login else {}
-                pool = functools.partial(urllib3.ProxyManager, proxy, proxy_headers=secret)
             try:
+                if proxy:
+                    secret = urllib3.make_headers(proxy_basic_auth=unquote(login)) if login else {}
+                    pool = functools.partial(urllib3.ProxyManager, proxy, proxy_headers=secret)
                 pool = pool(maxsize=1000, retries=False)
             except ValueError:
                 raise InputError(f"the proxy {printable(proxy)} is no address") from None
@@ -1190,12 +1183,10 @@ class Transport:
         """One request to the API, with the key; raises ApiError for any answer but 2xx."""
         key, where = self.account.key, f"{method} {path}".split("?")[0]
         mine = {"Authorization": f"Bearer {key}"} if ":" in key else {"X-API-Key": key}
-        if (wait_s := self.pace.turn()) > 0:
+        while (wait_s := self.pace.turn()) > 0:
             self.sleep(wait_s)
         headers = {"Accept": "application/json", **mine, **headers}
         response = self.send(method, self.account.base_url + path, headers, body, silence_s)
-        if response.status != 429:
-            self.pace.accepted()
         if 200 <= response.status < 300:
             return response
         text = ""
@@ -1293,17 +1284,18 @@ class Transport:
 
     def fetch(self, url: str, headers: Headers) -> urllib3.BaseHTTPResponse:
         """GET a file from another host: without the key, and only over an encrypted line."""
+        target = ""
         for _ in range(5):
             try:
+                url = urljoin(url, target)
                 clean_url(url)
-            except InputError as error:  # a fresh address may be another
+            except (InputError, ValueError) as error:  # a fresh address may be another
                 raise ApiError(f"{error}; {LATER}", retryable=True, code="ADDRESS") from None
             response = self.send("GET", url, {"Accept-Encoding": "identity", **headers})
-            target = response.headers.get("Location")
+            target = response.headers.get("Location", "")
             if response.status not in (301, 302, 303, 307, 308) or not target:
                 return response
             end(response)
-            url = urljoin(url, target)
         raise ApiError("the address of the result redirects in a circle", retryable=True)
 
 
@@ -1325,7 +1317,7 @@ def iter_polls(api: Api, name: str, interval_s: float, grace_s: float) -> Iterat
         if status.state in ENDED:
             return
         # All share the pace, and a poll costs two milliseconds of a processor.
-        http.sleep(max(interval_s, http.waiting * max(0.02, 1.5 * http.pace.gap_s)))
+        http.sleep(max(interval_s, http.waiting * 0.02))
 
 
 # ---- web API v2: WebApi -------------------------------------------------------------------------
@@ -1496,7 +1488,6 @@ class WebApi:
 # ---- jobs API v3: JobsApi, iter_events ----------------------------------------------------------
 
 FIRST_FRAME_S = 10.0  # a stream silent from its start is being buffered by somebody
-QUOTES = 20  # durations that are asked for, before prices are interpolated
 
 
 def iter_events(blocks: Iterable[bytes]) -> Iterator[tuple[str, str, str]]:
@@ -1534,7 +1525,7 @@ class JobsApi:
 
     def __init__(self, http: Transport) -> None:
         self.http, self.key_in_body = http, True
-        self.quoted: dict[str, dict[float, float]] = {}
+        self.quoted = dict[str, float]()  # by what was asked
 
     def create_asset(self, *args: object) -> NoReturn:
         """The jobs API has no such step; always raises InputError."""
@@ -1648,23 +1639,19 @@ class JobsApi:
         return status._replace(url=output.text("url"))
 
     def price(self, clip: Clip) -> float | None:
-        """Dollars, None where Hedra does not tell before it has the files. After QUOTES durations
-        others are interpolated: a folder would use up the minute's requests."""
+        """Dollars, None where Hedra does not tell before it has the files."""
         if (at := clip.seconds) is None:
             return None
         wishes = {"duration_ms": round(at * 1000)} if clip.kind == VIDEO else {}
         wishes |= self.body(clip)
-        alike = {**wishes, "duration_ms": 0, "prompt": ""}
-        known = self.quoted.setdefault(json.dumps([clip.model.id, alike]), {})
-        below, above = [x for x in [*known] if x <= at], [x for x in [*known] if x >= at]
-        if below and above and (at in known or len(known) >= QUOTES):
-            low, high = max(below), min(above)
-            share = (at - low) / (high - low or 1.0)
-            return round(known[low] + share * (known[high] - known[low]), 4)
+        asked = json.dumps([clip.model.id, {**wishes, "prompt": ""}])
+        if asked in self.quoted:
+            return self.quoted[asked]
         path = f"/models/{in_path(clip.model.id)}/estimate"
         reply = self.http.call("POST", path, {"input": wishes})
         price = reply.must(reply.number, "cost")
-        known |= {at: price} if price >= 0 else {}
+        if price >= 0:
+            self.quoted[asked] = price
         return price
 
     def balance(self) -> Balance:
@@ -1916,7 +1903,8 @@ class Ledger:
             media = inspect_file(file, kind)._replace(digest=content_digest(file))
             if sign != signature(name):
                 raise InputError(f"{printable(file)} changes while it is read; run it again later")
-            record.save(file=printable(name), signature=sign, **media._asdict())
+            with contextlib.suppress(OSError):  # the cache of another user of the group
+                record.save(file=printable(name), signature=sign, **media._asdict())
         self.seen[kind, name, sign] = media
         return media
 
@@ -2124,7 +2112,6 @@ class Studio:
         self.asked = {VIDEO: model, SPEECH: speech_model}
         self.model = functools.cache(functools.partial(find_model, api))
         self.lock, self.turn = threading.RLock(), threading.Lock()
-        self.ready = threading.Semaphore(4)  # clips that upload while others wait for a place
         self.unread = dict[str, float]()  # until when not to ask again
         self.forgotten = set[str]()  # files that Hedra no longer knows
 
@@ -2152,9 +2139,7 @@ class Studio:
     def plan_open(self, clips: Sequence[Clip]) -> None:
         """Where some clips may still have to be paid: are they, and what do they cost?"""
         self.look_for([p for clip in clips if clip.state in OPEN for p in clip.parts])
-        todo = [clip for clip in clips if clip.state != DONE]
-        ranked = sorted(todo, key=lambda clip: clip.seconds or 0.0)
-        for clip in ranked[-1:] + ranked[:-1]:  # see JobsApi.price
+        for clip in [clip for clip in clips if clip.state != DONE]:
             with self.blamed(clip):
                 self.check(clip)
                 self.quote(clip)
@@ -2201,6 +2186,11 @@ class Studio:
         if not clip.target.name:
             clip.target = self.ledger.folder / "speeches" / f"{clip.key}.audio"
 
+    @property
+    def voice_names(self) -> Record:
+        """The ids of the voices that were asked for by name."""
+        return self.ledger.load("voices", digest_of(self.account.id, self.asked[SPEECH]))
+
     def voice(self, asked: str) -> str:
         """The id of a voice that is asked for by name, whatever its case, or id. Names that were
         found are remembered; raises InputError with the nearest ones."""
@@ -2211,7 +2201,7 @@ class Studio:
         import difflib
 
         wanted = asked.casefold()
-        memo = self.ledger.load("voices", digest_of(self.account.id, self.asked[SPEECH]))
+        memo = self.voice_names
         if len(known := memo.part("names").texts(wanted)) == 1:
             return known[0]
         voices = self.api.voices(self.asked[SPEECH])
@@ -2252,7 +2242,8 @@ class Studio:
     def judge(self, clip: Clip, *, force: bool = False, known: str | None = None) -> str:
         """What a clip needs, from its records and its files: the one place that says so. A take
         that was never submitted leaves the one before in force; `force` is a new
-        take of the generation that was `known` (None: whichever), not of what came since."""
+        take of the generation that was `known` (None: whichever), not of what came since, and of a
+        speech only where that was refused or is lost."""
         takes = self.takes(clip.key)
         submitted = [take for take in takes if take.text("state") not in ("", NEW)]
         record = clip.record = submitted[-1] if submitted else takes[0]
@@ -2266,11 +2257,11 @@ class Studio:
         elif forced or state in ("", NEW):
             needs = NEW
         elif state == "refused":
-            needs = NEW if record.flag("transient") else REFUSED
+            needs = NEW if force or record.flag("transient") else REFUSED
         else:
             needs = DONE if self.ledger.find(record, clip.target) == clip.target else FETCH
         if clip.speech and needs in OPEN:
-            clip.speech.state = self.judge(clip.speech)
+            clip.speech.state = self.judge(clip.speech, force=force)
             if clip.speech.state == DONE:
                 self.hear(clip, clip.speech)
         return needs
@@ -2312,7 +2303,9 @@ class Studio:
         known, whole = clip.record.part("videos").values, bool(inspect_film(target, clip.kind))
         if whole and (self.force or self.ledger.is_ours(target)):
             return
-        clip.is_doubtful = not known and clip.state != NEW
+        # Of a video that old the jobs API replays nothing: to submit its key again would pay.
+        is_old = self.api.replays and time.time() - os.stat(target).st_mtime > KEPT_S
+        clip.is_doubtful = not known and clip.state != NEW and not is_old
         place, seen = self.ledger.place(target), clip.record.part("seen")
         was = parse_number(seen.text(place).partition(".")[0])
         cut = (was is None or size < was) and is_film(target)
@@ -2357,6 +2350,10 @@ class Studio:
         ):
             if part.kind == VIDEO and offered and wish not in offered:
                 raise InputError(f"{name} has no {flag} {wish}: choose one of {', '.join(offered)}")
+        asked_s = Reply(part.settings).figure("duration_ms", 1000) / 1000
+        if not MIN_SECONDS <= asked_s <= MAX_SECONDS:
+            wrong = "a duration_ms that is not from 500 to 600,000"
+            raise InputError(f"{printable(part.name)} has {wrong}; nothing was sent")
         if part.kind == VIDEO and seconds and model.max_seconds and seconds > model.max_seconds:
             limit = f"{name} takes at most {model.max_seconds:g} s"
             raise InputError(f"{printable(part.name)} lasts {seconds:.1f} s; {limit}")
@@ -2425,12 +2422,12 @@ class Studio:
             self.check(clip)
             if clip.state in OPEN:
                 self.order(clip)
-            if clip.state == DONE:
+            if clip.state != DONE:
+                self.collect(clip)
+            elif clip.kind == VIDEO:  # others may be reading a speech just now
                 with contextlib.suppress(OSError, InputError):  # of another user of the group
                     os.utime(clip.target)  # so that make is satisfied
                     self.ledger.keep(clip.record, clip.target)
-            else:
-                self.collect(clip)
             clip.spent_s = round(time.monotonic() - started, 3)
 
     def decide(self, clip: Clip) -> None:
@@ -2489,8 +2486,7 @@ class Studio:
         self.quote(clip)
         self.begin_take(clip)
         try:
-            with self.patiently(self.ready):
-                generation_id, fresh = self.submit(clip)
+            generation_id, fresh = self.submit(clip)
         except OutOfCredits as error:
             self.broke = error
             raise
@@ -2609,16 +2605,6 @@ class Studio:
                 self.http.count("retries")
                 self.http.sleep(wait_s)
 
-    @contextlib.contextmanager
-    def patiently(self, turn: threading.Lock | threading.Semaphore) -> Iterator[None]:
-        """Wait for a turn; raises StillRunning, or Stopped, when that has no point."""
-        while not turn.acquire(timeout=0.2):
-            self.be_patient()
-        try:
-            yield
-        finally:
-            turn.release()
-
     def be_patient(self) -> None:
         """As long as a clip of ours is at work a place will be free, and the time that it takes is
         not that of the clip that waits."""
@@ -2630,7 +2616,9 @@ class Studio:
         """One submit; raises ApiError. One clip at a time, so that who is refused by a limit of
         the account keeps its turn, and is the first to know when a generation has ended."""
         http, refusals = self.http, 0
-        with self.patiently(self.turn):
+        while not self.turn.acquire(timeout=0.2):
+            self.be_patient()
+        try:
             while True:
                 ended = http.ended
                 try:
@@ -2648,13 +2636,17 @@ class Studio:
                         pause_s = error.retry_after or backoff_s(refusals, 1.0, cap=8.0)
                         http.await_end(ended, min(pause_s, http.longest_s()))
                     self.be_patient()
+        finally:
+            self.turn.release()
 
     def renew(self, clip: Clip, error: ApiError) -> bool:
         """Whether a refusal may be of files, or of a model, that were there before and are worth
         another try: they are forgotten."""
         words = f"{error.code} {error.words}".lower()
-        unclear = error.retryable or error.ambiguous or clip.kind == SPEECH
-        if error.status not in (400, 404, 410, 422) or unclear:
+        if error.status not in (400, 404, 410, 422) or error.retryable or error.ambiguous:
+            return False
+        if clip.kind == SPEECH:  # its voice may have been made anew: the next run looks again
+            self.voice_names.path.unlink(missing_ok=True)
             return False
         if "model" in words and not self.asked[VIDEO] and not self.api.replays:
             self.model.cache_clear()
@@ -2771,6 +2763,8 @@ class Studio:
             return error
         if error.code == "EXPIRED" or (delivered and error.status == 404):
             error.add("it is neither at Hedra nor on this disk: --force pays for a new take")
+            if clip.kind == SPEECH:
+                clip.record.save(state="refused", reason=str(error))
         elif error.status == 404 and not error.ambiguous:
             error.add(LATER)
         return error
@@ -2827,17 +2821,17 @@ class Studio:
         """Ask what Hedra has billed for what was made just now: one request for all of them, and
         for one alone while it is downloaded."""
         parts = [part for clip in clips for part in clip.parts if not part.is_settled]
-        asked = {part.generation_id: part for part in parts if part.billed is None}
+        asked = [part for part in parts if part.billed is None]
         limit = self.http.until(time.monotonic() + min(30.0, self.timeout_s))
         with contextlib.suppress(HedraError, OSError), limit:
-            ask = functools.partial(self.api.find_all, list(asked))
+            names = dict.fromkeys(part.generation_id for part in asked)
+            ask = functools.partial(self.api.find_all, list(names))
             found = self.tolerant(ask, "the bill") if asked else {}
-            for part in asked.values():
-                part.is_settled = found is not None
-            for name, cost in (found or {}).items():
+            for part in asked:
+                part.is_settled, cost = found is not None, (found or {}).get(part.generation_id)
                 if cost is not None and cost >= 0:
-                    asked[name].billed = cost
-                    asked[name].record.save(billed=cost)
+                    part.billed = cost
+                    part.record.save(billed=cost)
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -2869,9 +2863,11 @@ def connect(api_key: str, environ: Environ = None) -> Api:
     return connected(open_account(api_key, environ), os.getpid())
 
 
-def check_settings(names: Iterable[str]) -> None:
-    """Raise InputError for what cannot be set beside the prompt: it would not be priced."""
-    if found := [name for name in names if name in OUR_FIELDS]:
+def check_wishes(prompt: str, settings: Mapping[str, Any] | None) -> None:
+    """Raise InputError for a blank prompt, and for settings that would not be priced."""
+    if not prompt.strip():
+        raise InputError("the prompt is blank: say in a few words what the person does")
+    if found := [name for name in settings or () if name in OUR_FIELDS]:
         raise InputError(f"{found[0]!r} has a parameter of its own, or is not free")
 
 
@@ -2916,9 +2912,7 @@ def make_video(
     sent, OutOfCredits, GenerationFailed, StillRunning (call again), ApiError.
     """
     environ, out = os.environ if environ is None else environ, Path(out)
-    check_settings(settings or ())
-    if not prompt.strip():
-        raise InputError("the prompt is blank: say in a few words what the person does")
+    check_wishes(prompt, settings)
     studio = Studio(
         connect(api_key, environ), view or View(), force=force, timeout_s=timeout,
         model=model or setting(environ, "HEDRA_MODEL_ID"), interval_s=poll_interval,
@@ -2978,9 +2972,7 @@ def start_generation(
     go as they are beside the prompt. Raises ApiError (`ambiguous` where it may have been carried
     out all the same), OutOfCredits."""
     api = connect(api_key, environ)
-    check_settings(settings or ())
-    if not prompt.strip():
-        raise InputError("the prompt is blank: say in a few words what the person does")
+    check_wishes(prompt, settings)
     name = model_id or get_default_model_id(api_key, environ=environ)
     known = find_model(api, name if api.replays else "", known_only=True)
     clip = Clip(
@@ -3282,7 +3274,9 @@ class Command:
         try:
             self.studio.make(clip)
         except Exception as error:  # a worker outlives whatever a clip does to it
-            clip.error, clip.spent_s = error, round(time.monotonic() - started, 3)
+            # What was there is there, though the cache may be another user's.
+            if clip.state != DONE or not isinstance(error, OSError):
+                clip.error, clip.spent_s = error, round(time.monotonic() - started, 3)
         self.report(clip)
 
     def report(self, clip: Clip) -> None:
@@ -3333,7 +3327,8 @@ class Command:
 # ---- watch: Watcher, notify_systemd -------------------------------------------------------------
 
 TURN_S = 0.2
-STILL_S = 1.0  # without a change: it may be whole
+STILL_S, LONG_STILL_S = 1.0, 4.0  # without a change: it may be whole
+ENDLESS = (".mp3", ".flac", ".ogg")  # recordings that do not tell where they end
 STUCK_S = 10.0  # without a change: a file that is not whole is worth a line
 RESCAN_S = 60.0  # events can be lost
 PAUSES_S = (15.0, 300.0)  # between two tries: the first and the longest
@@ -3422,7 +3417,8 @@ class Watcher:
             except OSError:  # gone, or being replaced: there will be another event
                 continue
             if not wait or (wait.sign != sign and not wait.busy):
-                wait = self.waits[stem] = Wait(sign, now + STILL_S, wait.why if wait else "")
+                still_s = LONG_STILL_S if sources[0].lower().endswith(ENDLESS) else STILL_S
+                wait = self.waits[stem] = Wait(sign, now + still_s, wait.why if wait else "")
             if now >= wait.due and not wait.busy:
                 clip = folder_clip(files, self.args, names)
                 wait.busy, wait.due = True, math.inf
@@ -3607,7 +3603,7 @@ def cmd_credits(command: Command) -> int:
     """The balance, or what was spent."""
     args, view = command.args, command.view
     if args.spent:
-        folder = Path(setting(command.environ, "HEDRA_CACHE_DIR", ".cache")).expanduser()
+        folder = Path(os.path.expanduser(setting(command.environ, "HEDRA_CACHE_DIR", ".cache")))
         return show_spent(Ledger(folder, time.sleep, view.say), view, as_json=args.json)
     balance = get_balance(command.key, environ=command.environ)
     shown = {"remaining": balance.remaining, "unit": balance.unit, **balance.more}
@@ -3659,10 +3655,8 @@ def pair(text: str) -> tuple[str, Any]:
     name = name.strip()
     if not name or not value.strip():
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    try:
-        check_settings([name])
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    if name in OUR_FIELDS:
+        raise argparse.ArgumentTypeError(f"{name!r} has a flag of its own, or is not free")
     with contextlib.suppress(ValueError):
         parsed = read_json(value)
         json.dumps(parsed, allow_nan=False)
@@ -3754,7 +3748,9 @@ def supervise(work: Callable[[Command], int], command: Command) -> int:
 
     caught: list[int] = []  # and not an exception, which a callback might swallow
     is_main = threading.current_thread() is threading.main_thread()
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if is_main else ()
+    signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP] if is_main else []
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as nohup wants it
+        signals = signals[:2]
     before = {n: signal.signal(n, lambda number, frame: caught.append(number)) for n in signals}
     try:
         future = ThreadPoolExecutor(1).submit(work, command)
@@ -3775,8 +3771,9 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     argv = sys.argv[1:] if argv is None else argv
     args, view = build_parser(argv).parse_args(argv), View()
     error: Exception
-    with contextlib.suppress(AttributeError):  # file names need not be UTF-8
-        sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+    with contextlib.suppress(AttributeError):  # file names as they are, UTF-8 or not
+        names = {"encoding": sys.getfilesystemencoding(), "errors": "surrogateescape"}
+        sys.stdout.reconfigure(**names)  # type: ignore[union-attr]
     try:
         environ = read_environment(os.environ if environ is None else environ, args)
         view = open_view(args.quiet, args.verbose)
@@ -3787,7 +3784,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
         return status
     except KeyboardInterrupt as interrupt:
         signum = int(interrupt.args[0]) if interrupt.args else 2
-        if signum == 15 and args.command == "watch":
+        if signum == 15 and args.command == "watch" and not args.once:
             return 0
         how = "without --force to go on and pay no other take" if args.force else "to go on"
         why = f"stopped; nothing that was paid for is lost: run it again {how}"
