@@ -660,9 +660,10 @@ def parse_retry_after(value: str) -> float | None:
     """Seconds to wait from a Retry-After header: a number or an HTTP date, else None."""
     from email.utils import parsedate_to_datetime
 
-    with contextlib.suppress(ValueError):
-        if (seconds := float(value)) >= 0:  # also one with more digits than a number has
-            return seconds
+    if (seconds := parse_number(value)) is not None:
+        return seconds
+    if value.isdecimal():  # more digits than a number has
+        return math.inf
     with contextlib.suppress(ValueError, OverflowError):
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     return None
@@ -1078,12 +1079,10 @@ def end(response: urllib3.BaseHTTPResponse) -> None:
 class Transport:
     """One account's way to Hedra, safe for threads; every fault comes out as an ApiError."""
 
-    waiting = ended = 0  # generations whose end is, or was, waited for
-
     def __init__(self, account: Account, stop: threading.Event | None = None) -> None:
         self.account, self.pools = account, dict[str, Any]()
         self.pace, self.stop = Pace(), stop or threading.Event()
-        self.changed = threading.Condition()  # for `waiting` and `ended`
+        self.waiting = set[str]()  # generations whose end is waited for
 
     def left_s(self) -> float:
         """Seconds until this thread's deadline."""
@@ -1111,11 +1110,6 @@ class Transport:
         finally:  # a deadline that was put off while waiting for a place stays so
             DEADLINE.set(max(before, DEADLINE.get()))
             EFFORT.set(old)
-
-    def await_end(self, ended: int, seconds: float) -> None:
-        """Until more generations than `ended` have ended, so many seconds at most."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.ended != ended, seconds)
 
     def together(self, first: Callable[[], T], second: Callable[[], T]) -> tuple[T, T]:
         """Make two calls at once, both held to this thread's deadline."""
@@ -1317,7 +1311,7 @@ def iter_polls(api: Api, name: str, interval_s: float, grace_s: float) -> Iterat
         if status.state in ENDED:
             return
         # All share the pace, and a poll costs two milliseconds of a processor.
-        http.sleep(max(interval_s, http.waiting * 0.02))
+        http.sleep(max(interval_s, len(http.waiting) * 0.02))
 
 
 # ---- web API v2: WebApi -------------------------------------------------------------------------
@@ -2241,9 +2235,9 @@ class Studio:
 
     def judge(self, clip: Clip, *, force: bool = False, known: str | None = None) -> str:
         """What a clip needs, from its records and its files: the one place that says so. A take
-        that was never submitted leaves the one before in force; `force` is a new
-        take of the generation that was `known` (None: whichever), not of what came since, and of a
-        speech only where that was refused or is lost."""
+        that was never submitted leaves the one before in force. `force` is a new take of the
+        generation that was `known` (None: whichever), not of what came since, and of a speech only
+        where that was refused or is lost."""
         takes = self.takes(clip.key)
         submitted = [take for take in takes if take.text("state") not in ("", NEW)]
         record = clip.record = submitted[-1] if submitted else takes[0]
@@ -2614,13 +2608,13 @@ class Studio:
 
     def submit_in_turn(self, clip: Clip) -> str:
         """One submit; raises ApiError. One clip at a time, so that who is refused by a limit of
-        the account keeps its turn, and is the first to know when a generation has ended."""
+        the account keeps its turn, and takes the place of a generation that has ended."""
         http, refusals = self.http, 0
         while not self.turn.acquire(timeout=0.2):
             self.be_patient()
         try:
             while True:
-                ended = http.ended
+                running = {*http.waiting}
                 try:
                     return self.api.submit(clip)
                 except RateLimited as error:
@@ -2633,8 +2627,10 @@ class Studio:
                     if of_rate or not http.waiting:  # alone, and refused: it is the rate
                         http.pace.refused(error)
                     else:
-                        pause_s = error.retry_after or backoff_s(refusals, 1.0, cap=8.0)
-                        http.await_end(ended, min(pause_s, http.longest_s()))
+                        wait_s = error.retry_after or backoff_s(refusals, 1.0, cap=8.0)
+                        until = time.monotonic() + wait_s
+                        while running <= http.waiting and time.monotonic() < until:
+                            http.sleep(0.1)
                     self.be_patient()
         finally:
             self.turn.release()
@@ -2729,8 +2725,7 @@ class Studio:
     def watch(self, clip: Clip, grace_s: float) -> Status:
         """Look at a generation until it has ended; raises StillRunning, ApiError."""
         name, status, http = clip.generation_id, Status(QUEUED), self.http
-        with http.changed:
-            http.waiting += 1
+        http.waiting.add(name)
         try:
             for status in self.api.iter_status(name, self.interval_s, grace_s):
                 self.view.state(clip, status.state, share=status.progress)
@@ -2739,9 +2734,7 @@ class Studio:
             text = f"generation {name} is still {status.state} and goes on at Hedra; {LATER}"
             raise StillRunning(text, generation_id=name) from None
         finally:
-            with http.changed:
-                http.waiting, http.ended = http.waiting - 1, http.ended + 1
-                http.changed.notify_all()
+            http.waiting.discard(name)
 
     def trace(self, clip: Clip) -> None:
         """Hedra does not know the id that it answered the submit with, or not yet: find the one
@@ -3106,9 +3099,9 @@ def clip_of(source: Path, args: argparse.Namespace, names: Names, text: str = ""
         ways = f"put {printable(name)}.png beside it, give --img FILE, or set FRIEND_IMG"
         raise InputError(f"{printable(source)} has no portrait: {ways}")
     clip = Clip(
-        name, Path(args.out) if args.out else Path(args.out_dir, f"{name}.mp4"), audio=source,
-        image=Path(image),
-        prompt=chosen([".txt"], args.prompt, DEFAULT_PROMPT).strip(), settings=dict(args.set),
+        name, Path(args.out) if args.out else Path(args.out_dir, f"{name}.mp4"),
+        image=Path(image), audio=source, settings=dict(args.set),
+        prompt=chosen([".txt"], args.prompt, DEFAULT_PROMPT).strip(),
         resolution=args.resolution, aspect_ratio=args.aspect_ratio,
     )
     if text or source.name.lower().endswith(SAY_SUFFIX):

@@ -90,7 +90,6 @@ logging.getLogger("werkzeug").setLevel(logging.ERROR)
 
 # ---- fixtures -----------------------------------------------------------------------------------
 
-
 @pytest.fixture(scope="module", autouse=True)
 def real_clock() -> Iterator[None]:
     """Freezegun goes through all modules once; a freeze within this one costs next to nothing."""
@@ -144,7 +143,7 @@ def frozen(start: str = "") -> Iterator[Any]:
         clock.start, clock.naps = time.monotonic(), []
         alone = threading.active_count() + 2
         lock, breath = threading.Lock(), threading.Event()
-        stopped, wait_for = hedra.Transport.sleep, threading.Condition.wait_for
+        stopped = hedra.Transport.sleep
 
         def nap(seconds: float) -> None:
             with lock:
@@ -159,16 +158,8 @@ def frozen(start: str = "") -> Iterator[Any]:
             if threading.active_count() > alone:
                 breath.wait(0.0005)  # it is others who are waited for
 
-        def wait(self: Any, met: Callable[[], Any], timeout: float | None = None) -> Any:
-            if timeout is None or met():
-                return wait_for(self, met, timeout)
-            nap(timeout)
-            self.wait(0.002)  # lets go of the lock
-            return met()
-
         patch.setattr(time, "sleep", nap)
         patch.setattr(hedra.Transport, "sleep", sleep)
-        patch.setattr(threading.Condition, "wait_for", wait)
         yield clock
 
 
@@ -179,18 +170,14 @@ def clock() -> Iterator[Any]:
         yield clock
 
 
-@pytest.fixture(scope="session")
-def make_httpserver() -> Iterator[HTTPServer]:
-    """In place of the plugin's own: one thread a request."""
+def host() -> Iterator[HTTPServer]:
+    """A server, one thread a request."""
     with HTTPServer("127.0.0.1", 0, threaded=True) as server:
         yield server
 
 
-@pytest.fixture(scope="session")
-def files_server() -> Iterator[HTTPServer]:
-    """Another host, for videos."""
-    with HTTPServer("127.0.0.1", 0, threaded=True) as server:
-        yield server
+make_httpserver = pytest.fixture(scope="session")(host)  # in place of the plugin's own
+files_server = pytest.fixture(scope="session", name="files_server")(host)  # for videos
 
 
 @pytest.fixture
@@ -248,6 +235,11 @@ class Outcome(NamedTuple):
     def fails(self, *words: str) -> Outcome:
         """It failed, with these words in its last line."""
         assert (self.status, [word for word in words if word not in self.last]) == (1, []), self.err
+        return self
+
+    def works(self) -> Outcome:
+        """It did not fail."""
+        assert self.status == 0, self.err
         return self
 
     @property
@@ -350,8 +342,7 @@ class World:
 
     def succeed(self, *flags: str, paid: int = 1, speeches: int = 0, **more: Any) -> Outcome:
         """Make the clip, which is done then, and so many times paid for in all."""
-        done = self.run(*flags, **more)
-        assert done.status == 0, done.err
+        done = self.run(*flags, **more).works()
         self.check_paid(paid, speeches)
         return done
 
@@ -591,7 +582,6 @@ def test_the_manual_is_a_few_pages_that_begin_with_what_people_call():
 
 # ---- account ------------------------------------------------------------------------------------
 
-
 def test_a_key_is_stripped_of_what_pasting_adds_and_else_refused_without_being_shown():
     for raw in ("  sk_hedra_1\n", "\ufeffsk_hedra_1", " \ufeff sk_hedra_1 \r\n"):
         assert hedra.clean_key(raw) == "sk_hedra_1"
@@ -625,7 +615,6 @@ def test_the_key_chooses_the_api_and_the_base_url_only_the_host():
 
 
 # ---- media --------------------------------------------------------------------------------------
-
 
 def wav_bytes(promised: int, there: int, rate: int = 8000, extra: bytes = b"") -> bytes:
     """A WAV whose header promises other than what is there."""
@@ -772,15 +761,14 @@ def test_a_film_is_whole_if_all_of_its_boxes_are(tmp_path, what):
 
 # ---- replies ------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [
         ("5", 5.0), ("0", 0.0), ("0.5", 0.5), ("1e9", 1e9), ("1e11", 1e11), ("-3", None),
-        ("inf", math.inf), ("nan", None), ("1e400", math.inf), ("soon", None), ("", None),
+        ("inf", None), ("nan", None), ("1e400", None), ("soon", None), ("", None),
         ("Fri, 02 Jan 2026 03:04:35 GMT", 30.0), ("Fri, 02 Jan 2026 03:04:00 GMT", 0.0),
         ("Thu, 02 Jan 2026 03:04:35 GMT", 30.0), ("Fri, 32 Jan 2026 03:04:35 GMT", None),
-        ("Fri, 02 Jan 100000 03:04:35 GMT", None),
+        ("Fri, 02 Jan 100000 03:04:35 GMT", None), ("9" * 400, math.inf),
     ],
 )
 def test_retry_after_is_seconds_or_a_date(value, seconds):
@@ -869,7 +857,6 @@ def test_the_model_is_chosen_on_both_shapes_of_the_catalogue(rows, asked, model)
 
 # ---- retry --------------------------------------------------------------------------------------
 
-
 def test_retry_calls_again_until_it_works_or_its_tries_are_over(clock):
     naps, good, bad = [], Mock(side_effect=[OSError, KeyError, "done"]), Mock(side_effect=OSError)
     again = hedra.retry((KeyError, OSError), tries=3, delay=1, sleep=naps.append)(good)
@@ -933,6 +920,20 @@ def closed_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return int(taken.getsockname()[1])
+
+
+def test_a_server_that_cannot_be_reached_is_told_with_its_port_or_its_name(clock, monkeypatch):
+    port = closed_port()
+    with pytest.raises(hedra.ApiError, match=f"{port}.*refused") as failed:
+        balance(KEY, HEDRA_BASE_URL=f"http://127.0.0.1:{port}")
+    assert (failed.value.status, failed.value.ambiguous) == (None, False)
+
+    def unknown(*words, **more):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(hedra.ApiError, match=r"api\.nowhere\.test"):
+        balance(KEY3, HEDRA_BASE_URL="https://api.nowhere.test/v3")
 
 
 def test_an_answer_over_16_mib_is_an_error_and_not_kept_in_memory(clock, server, version):
@@ -1119,7 +1120,6 @@ def test_no_proxy_is_obeyed(company, tls_server, monkeypatch):
 
 
 # ---- web API v2 ---------------------------------------------------------------------------------
-
 
 def test_create_asset_names_file_and_kind_and_the_workspace_where_one_is_set(server, environ):
     script = {"name": "friend.png", "type": "image"}
@@ -1351,7 +1351,6 @@ def test_without_a_stream_the_job_is_polled(clock, server, environ, status, body
 
 # ---- waiting and downloading --------------------------------------------------------------------
 
-
 def expect_video(server: HTTPServer, answer: Callable[[Request], Response]) -> None:
     """A generation that is complete, and what its address answers."""
     server.expect_request("/v.mp4").respond_with_handler(answer)
@@ -1506,6 +1505,8 @@ def test_a_fault_of_any_call_pays_once(world, verb, kind):
 RULES = [
     *(("v3", {"idempotency": rule}) for rule in ("body", "header", "both", "header-only")),
     ("v2", {"ignore_reserved_id": True}), ("v2", {"repeat_is_conflict": False}), ("v2", {}),
+    *((version, {"hidden_seconds": 20.0}) for version in ("v2", "v3")),
+    ("v2", {"hidden_seconds": 20.0, "ignore_reserved_id": True}),
 ]
 
 
@@ -1517,6 +1518,7 @@ def test_five_lost_answers_and_a_rerun_pay_once_wherever_hedra_reads_the_key(wor
     world.succeed()
     world.target.unlink()
     world.succeed()
+    assert world.version == "v3" or world.verbs.count("submit") == 1
     assert len({sent.headers.get("idempotency-key") for sent in world.submits()}) == 1
     if rule.get("idempotency") == "header-only":
         fields = ["idempotency_key" in json.loads(sent.body) for sent in world.submits()]
@@ -1636,14 +1638,12 @@ def test_a_catalogue_that_renames_character_3_bills_nothing_again(world, moment)
         shutil.rmtree(".cache")
         shutil.rmtree("output")
     world.fill("dora")
-    done = world.batch()
-    assert done.status == 0, done.err
+    world.batch().works()
     world.check_all_paid("anna", "ben", "cleo", "dora")
     assert world.bought()[-1].model == "together/new-character-3"
 
 
 # ---- making a clip: reruns, takes and what is on disk -------------------------------------------
-
 
 def test_a_rerun_asks_nothing_and_renews_the_videos_time(world, monkeypatch):
     assert world.run().status == 0
@@ -1661,36 +1661,32 @@ def test_a_rerun_asks_nothing_and_renews_the_videos_time(world, monkeypatch):
     world.check_paid()
 
 
-def damage(world, kind, content):
-    """Write something else into all records of a kind, or something made of what is there."""
-    files = [Path(".cache/model_id")] if kind == "model_id" else world.records(kind)
-    for file in files:
-        file.write_bytes(content(file.read_bytes()) if callable(content) else content)
+def damage(content, *kinds, gone=False):
+    """Something else, or made of what is there, in all records of some kinds; and no video."""
+
+    def spoil(world):
+        for kind in kinds:
+            files = [Path(".cache/model_id")] if kind == "model_id" else world.records(kind)
+            for file in files:
+                file.write_bytes(content(file.read_bytes()) if callable(content) else content)
+        world.target.unlink() if gone else None
+
+    return spoil
 
 
+HALF, REST = (lambda raw: raw[: len(raw) // 2]), ("files", "assets", "model_id")
 AFTERWARDS = {
-    "the video is gone": lambda w: w.target.unlink(),
+    "the video is gone": damage(b"", gone=True),
     "the video is empty": lambda w: w.target.write_bytes(b""),
     "the video is cut": lambda w: w.target.write_bytes(w.target.read_bytes()[:-1]),
     "ledger and video are gone": lambda w: (shutil.rmtree(".cache"), w.target.unlink()),
     "the ledger is gone": lambda w: shutil.rmtree(".cache"),
-    "the record is cut": lambda w: damage(w, "clips", lambda raw: raw[: len(raw) // 2]),
-    "the record is empty": lambda w: damage(w, "clips", b""),
-    "the record is cut, the video gone": lambda w: (
-        damage(w, "clips", lambda raw: raw[: len(raw) // 2]), w.target.unlink()
-    ),
-    "the record is nested too deep, the video gone": lambda w: (
-        damage(w, "clips", b"[" * 100_000), w.target.unlink()
-    ),
-    "the record is no text, the video gone": lambda w: (
-        damage(w, "clips", b"\xff\0\xfe"), w.target.unlink()
-    ),
-    "the rest of the cache is nonsense": lambda w: [
-        damage(w, kind, b"x\n\0 x") for kind in ("files", "assets", "model_id")
-    ],
-    "the rest of the cache is wrong": lambda w: [
-        damage(w, kind, b'{"ref": 5, "digest": []}') for kind in ("files", "assets", "model_id")
-    ],
+    "the record is cut": damage(HALF, "clips"), "the record is empty": damage(b"", "clips"),
+    "the record is cut, the video gone": damage(HALF, "clips", gone=True),
+    "the record is nested too deep, the video gone": damage(b"[" * 100_000, "clips", gone=True),
+    "the record is no text, the video gone": damage(b"\xff\0\xfe", "clips", gone=True),
+    "the rest of the cache is nonsense": damage(b"x\n\0 x", *REST),
+    "the rest of the cache is wrong": damage(b'{"ref": 5, "digest": []}', *REST),
 }
 
 
@@ -1785,8 +1781,7 @@ def test_what_is_on_disk_is_used_wherever_it_went_when_hedra_has_deleted_it(worl
     elif way == "renamed":
         world.target.rename(world.target.with_name("kept.mp4"))
     count = world.costly
-    told = world.run(*flags.get(way, []))
-    assert told.status == 0, told.err
+    told = world.run(*flags.get(way, [])).works()
     target = Path(told.out.strip())
     assert (target.read_bytes(), world.costly) == (world.videos()[0], count)
     assert [f for f in target.parent.iterdir() if f.name.startswith(".")] == []
@@ -1894,7 +1889,6 @@ def test_what_is_wrong_with_the_cache_is_told_with_its_name(world, what):
 
 
 # ---- making a clip: transfers -------------------------------------------------------------------
-
 
 def ranges(world):
     """Range and If-Range of the downloads so far."""
@@ -2108,8 +2102,7 @@ def test_a_folder_may_hold_texts_with_voices_of_their_own_and_a_recording_wins(w
     (folder / "NEWS.say.txt").rename(folder / "Loud.SAY.TXT")
     (folder / "ines.voice.txt").write_text("Inés\n")
     (folder / "news.txt").write_text("nods")
-    done = world.batch(HEDRA_VOICE="Jonas")
-    assert done.status == 0, done.err
+    world.batch(HEDRA_VOICE="Jonas").works()
     assert set(world.outputs()) == {"news", "both", "ines", "Loud"}
     spoken = {one.prompt: one.voice for one in world.bought("text_to_speech")}
     assert spoken == {TEXT: "Jonas", "Hola.": "Inés", "LOUD": "Jonas"}
@@ -2147,7 +2140,6 @@ def test_voices_tells_names_labels_and_ids_over_all_pages(world):
 
 # ---- making a clip: promises about money --------------------------------------------------------
 
-
 def priced(value):
     """A catalogue, or an estimate, with other prices."""
     pattern = r'"(cost|credits_per_second|credit_cost)": [\d.]+'
@@ -2183,12 +2175,11 @@ def test_copies_of_a_recording_are_priced_billed_and_paid_once(world):
     shutil.copy(anna, anna.with_name("ben.wav"))
     price = {"v2": "6", "v3": "0.06"}[world.version]
     bad.write_bytes(b"no sound")
-    told = world.batch("--json", "--max-credits", "0.05")
-    assert "nothing was uploaded or paid" in told.last and told.err.count("bad.wav") == 1
-    assert [row["status"] for row in told.rows] == ["failed"] * 3
+    told = world.batch("--json", "--max-credits", "0.05").fails("nothing was uploaded or paid")
+    assert told.err.count("bad.wav") == 1
+    assert [row["name"] for row in told.rows if row["status"] == "failed"] == ["anna", "bad", "ben"]
     bad.unlink()
-    done = world.batch("--json", "--max-credits", price)
-    assert done.status == 0, done.err
+    done = world.batch("--json", "--max-credits", price).works()
     assert sum(row["paid"] for row in done.rows) == len(world.bought()) == 1
     assert [row["billed"] for row in done.rows] == [float(price)] * 2
 
@@ -2230,8 +2221,7 @@ def test_quoted_billed_and_paid_agree_with_the_books_after_force_and_refusals(wo
     world.fill("anna", "ben")
     (world.folder / "batch/cleo.say.txt").write_text(TEXT)
     unit = {"v2": "credits", "v3": "USD"}[world.version]
-    done = world.batch(*flags, "--json")
-    assert done.status == 0, done.err
+    done = world.batch(*flags, "--json").works()
     for row in done.rows:
         made = [one for one in world.box.paid if one.id == row["generation_id"]]
         made += world.bought("text_to_speech") if row["name"] == "cleo" else []
@@ -2239,8 +2229,9 @@ def test_quoted_billed_and_paid_agree_with_the_books_after_force_and_refusals(wo
         assert row["credits"] == pytest.approx(sum(one.cost for one in made))
         assert row["billed"] == pytest.approx(sum(one.bill for one in made))
     quoted, billed = (sum(getattr(one, n) for one in world.box.paid) for n in ("cost", "bill"))
-    shown = {"v2": f"{quoted:g}, billed {billed:g}", "v3": f"${quoted:.2f}, billed ${billed:.2f}"}
-    assert f"quoted {shown[world.version]}" in done.err
+    shown = {"v2": f"quoted {quoted:g}, billed {billed:g} credits",
+             "v3": f"quoted ${quoted:.2f}, billed ${billed:.2f}"}[world.version]
+    assert shown in done.err
     again = world.batch(*flags, "--json")
     assert [row["paid"] for row in again.rows] == [False] * 3
     assert "quoted" not in again.err
@@ -2248,6 +2239,7 @@ def test_quoted_billed_and_paid_agree_with_the_books_after_force_and_refusals(wo
     world.box.fail_with = {"type": "GONE", "message": "No"}
     world.fill("dora")
     assert world.batch(*flags).status == 1
+    world.box.fail_with = None
     count, told = len(world.sent), call("credits", "--spent").out.splitlines()
     clock.tick(40 * 86400)
     (row,) = call("credits", "--spent", "--json").rows  # neither needs a key or a request
@@ -2256,10 +2248,12 @@ def test_quoted_billed_and_paid_agree_with_the_books_after_force_and_refusals(wo
     assert row["quoted"] == pytest.approx(sum(good))
     assert row["billed"] == pytest.approx(sum(one.bill for one in world.box.paid))
     assert (row["month"] in told[1], len(told), len(world.sent)) == (True, 2, count)
+    assert world.batch(*flags, "--force").status == 0
+    months = [row["month"] for row in call("credits", "--spent", "--json").rows]
+    assert months == sorted({row["month"], time.strftime("%Y-%m")})
 
 
 # ---- making a clip: nobody can hold it ----------------------------------------------------------
-
 
 @pytest.mark.parametrize(
     ("version", "verb", "after"),
@@ -2302,7 +2296,6 @@ def test_what_trickles_counts_as_lost_and_the_clip_is_paid_once(live, verb, monk
 
 
 # ---- making a clip: the library, as a web application calls it ----------------------------------
-
 
 def test_make_video_is_the_whole_product_in_one_silent_call_paid_once(world, capsys):
     assert world.video() == world.video() == world.target
@@ -2473,8 +2466,7 @@ ROWS = re.compile(r"(?m)^(\S+) +(~?[\d.]*) +(~?[\d.?]*)  (\S.*)$")
 def test_a_batch_pays_each_clip_once_and_the_next_one_says_and_asks_nothing(world):
     names = ("anna", "ben", "cleo", "dora", "emil")
     world.fill(*names)
-    done = world.batch()
-    assert done.status == 0, done.err
+    done = world.batch().works()
     world.check_all_paid(*names)
     assert world.box.count("upload") == 5 + 1  # what they share is uploaded once
     paths = sorted(f"output/{name}.mp4" for name in names)
@@ -2570,6 +2562,10 @@ def test_a_dry_run_of_a_folder_tells_each_clips_state_and_the_totals(world):
     objects = {row["name"]: row for row in world.batch("--dry-run", "--json").rows}
     assert (objects["new1"]["credits"], bool(objects["wrong"]["error"])) == (float(price), True)
     assert (world.costly, set(world.outputs())) == (before, {"done"})
+    (world.folder / "batch/new1.wav").unlink()
+    (world.folder / "batch/new1.m4a").write_bytes(SOUNDS["m4a"])
+    rows = {row[0]: row[1:] for row in ROWS.findall(world.batch("--dry-run").out)}
+    assert (rows["new1"][1], rows["total"][1]) == ("?", "?")
 
 
 @only_v2
@@ -2577,8 +2573,7 @@ def test_the_limits_of_the_account_slow_a_batch_down_and_fail_nothing(world):
     names = [f"{n:02}" for n in range(8)]
     world.fill(*names)
     world.box.render_seconds, world.box.concurrency, world.box.rate = 60.0, 1, (5, 5.0)
-    done = world.batch("--jobs", "8", "-q")
-    assert done.status == 0, done.err
+    world.batch("--jobs", "8", "-q").works()
     world.check_all_paid(*names)
     assert sum(c.verb == "upload" and c.status != 429 for c in world.box.log) == 9
     assert any(call.status == 429 for call in world.box.log), "the limits were not met"
@@ -2591,12 +2586,12 @@ def test_a_batch_takes_every_name(world):
     world.fill(*(name for name in names if name != names[-2]))
     shutil.copy(world.wav, os.fsencode(world.folder / "batch") + b"/caf\xe9.wav")
     world.fill(".hidden", "~temporary", "#emacs")
-    told = world.batch("--json")
-    assert told.status == 0, told.err
+    told = world.batch("--json").works()
     assert {row["name"]: row["path"] for row in told.rows} == {n: f"output/{n}.mp4" for n in names}
     assert all(line.isprintable() for line in told.err.splitlines())
     world.check_all_paid(*names)
     assert not Path("x").exists()
+    assert len(world.batch("--dry-run").out.splitlines()) == len(names) + 2
 
 
 @only_v2
@@ -2618,7 +2613,6 @@ def test_in_a_batch_what_lies_beside_a_recording_wins_over_the_flags_and_in_run_
 
 
 # ---- watch --------------------------------------------------------------------------------------
-
 
 class Watch:
     """A watcher of `incoming`, on a real Observer; what happens meanwhile is a function that is
@@ -2894,7 +2888,6 @@ def test_an_outage_is_outlived_with_a_line_each_way(watch, kind):
 
 # ---- command line -------------------------------------------------------------------------------
 
-
 def test_a_log_has_two_to_fifteen_plain_lines_a_clip(world):
     world.box.render_seconds = 60.0
     told = world.run()
@@ -2903,6 +2896,7 @@ def test_a_log_has_two_to_fifteen_plain_lines_a_clip(world):
     lines = told.err.splitlines()
     assert 2 <= len(lines) == len(set(lines)) <= 15
     assert all("hello" in line and line.isprintable() for line in lines)
+    assert "\r" not in told.err
     assert any(re.search(r"submitted.*about (3 credits|\$0\.03)", line) for line in lines)
 
 
@@ -2993,8 +2987,7 @@ def test_the_key_is_told_to_nobody_else(world, files_server):
     for verb in ("price", "upload", "submit", "status", "stream", "result", "download"):
         world.fail(verb, "502-html")
     world.fail("balance", "302", value=files_server.url_for("/away"))
-    first = world.run("-vv")
-    assert first.status == 0, first.err
+    first = world.run("-vv").works()
     world.fail("submit", "404", 9)
     told = f"{first} {world.run('-vv', '--force')}"
     told += "".join(p.read_text(errors="replace") for p in Path().rglob("*") if p.is_file())
@@ -3017,7 +3010,6 @@ def test_credits_tells_the_balance_and_whether_it_is_enough(world, flags, status
 
 
 # ---- command line: on a terminal ----------------------------------------------------------------
-
 
 class Screen:
     """A terminal: what is to be seen on it, by the few control codes that are used."""
@@ -3108,7 +3100,6 @@ def test_run_on_a_terminal_says_what_it_does_since_when_and_what_it_costs(live):
 
 # ---- command line: processes, kills, races and signals ------------------------------------------
 
-
 def start(
     world: World, *words: str, kind: Any = subprocess.Popen, out: Any = subprocess.PIPE,
     err: Any = subprocess.PIPE, **environ: str,
@@ -3188,6 +3179,14 @@ def test_four_processes_on_one_clip_and_one_portrait_pay_once(live):
     assert [finish(process)[:2] for process in started] == [(0, path) for path in told]
     live.check_all_paid("hello", "other")
     assert (live.verbs.count("upload"), live.verbs.count("download")) == (3, 2)
+
+
+def test_two_processes_on_one_text_make_one_speech_and_one_video(live):
+    live.box.render_seconds = 0.2
+    words = ("--voice", "Otis", "--img", "friend.png", "--out", "output/hello.mp4", *QUICK)
+    started = [start(live, "run", "--say", TEXT, *words) for _ in range(2)]
+    assert [finish(process)[0] for process in started] == [0, 0]
+    live.check_paid(1, speeches=1)
 
 
 @only_v2
@@ -3477,7 +3476,6 @@ def test_the_targets_for_one_clip_and_the_account_call_the_program_and_help_list
 
 
 # ---- README -------------------------------------------------------------------------------------
-
 
 def readme_commands() -> Iterator[tuple[str, list[str]]]:
     """The commands of the README's indented blocks, in order, and what is shown behind each."""
