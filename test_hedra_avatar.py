@@ -1657,6 +1657,8 @@ def test_a_rerun_asks_nothing_and_renews_the_videos_time(world, monkeypatch):
 
     monkeypatch.setattr(os, "utime", refuse)  # it belongs to another user of the group
     assert world.run()[:2] == (0, "output/hello.mp4\n")
+    monkeypatch.setattr(os, "open", refuse)  # nor can one lock a cache that is read-only
+    assert world.run(HEDRA_CACHE_DIR=str(Path(".cache").rename("theirs"))).status == 0
     assert len(world.sent) == count
     world.check_paid()
 
