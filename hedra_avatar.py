@@ -3084,9 +3084,11 @@ def read_text(file: Path, limit: int = PROMPT_BYTES) -> str:
         raise InputError(f"{printable(file)} is no UTF-8 text: {error}") from error
 
 
-def clip_of(source: Path, args: argparse.Namespace, names: Names, text: str = "") -> Clip:
+def clip_of(
+    source: Path, args: argparse.Namespace, names: Names, text: str | None = None
+) -> Clip:
     """A clip from its recording or text (or a `text` in place of a file) and what lies beside it;
-    in run a flag wins over that. Raises InputError without a portrait."""
+    in run a flag wins over that. Raises InputError without a portrait or a word."""
 
     def chosen(suffixes: Sequence[str], flag: str, fallback: str = "") -> str:
         found = beside(source, suffixes, names)
@@ -3104,11 +3106,13 @@ def clip_of(source: Path, args: argparse.Namespace, names: Names, text: str = ""
         prompt=chosen([".txt"], args.prompt, DEFAULT_PROMPT).strip(),
         resolution=args.resolution, aspect_ratio=args.aspect_ratio,
     )
-    if text or source.name.lower().endswith(SAY_SUFFIX):
-        text = text.strip() or read_text(source, TEXT_BYTES)
+    if text is None and source.name.lower().endswith(SAY_SUFFIX):
+        text = read_text(source, TEXT_BYTES)
+    if text is not None:
         if not re.search(r"\w", text):
-            raise InputError(f"{printable(source)} is blank, or has no word in it")
-        voice = chosen([".voice.txt"], args.voice).strip()
+            said = f"the text of {printable(name)} is blank, or has no word in it"
+            raise InputError(f"{said}: nothing was sent")
+        text, voice = text.strip(), chosen([".voice.txt"], args.voice).strip()
         clip.speech = Clip(f"{name} (speech)", Path(), prompt=text, kind=SPEECH, voice=voice)
         clip.audio = Path()
     if re.search("[\ud800-\udfff]", "".join(part.prompt + part.voice for part in clip.parts)):
@@ -3238,7 +3242,7 @@ class Command:
 
     def refuse(self, clips: Sequence[Clip], error: HedraError) -> None:
         """Nothing is made, for want of funds. That is told once, by main; here what else fails."""
-        self.tell_failed(clips)
+        self.tell_end(clips)
         for clip in clips:
             clip.error = clip.error or (error if clip.state != DONE else None)
         self.settle(clips)
@@ -3259,17 +3263,21 @@ class Command:
             columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
             left = amount(balance.remaining, balance.unit) if balance else "?"
             self.view.result(table(clips, left, unit, columns))
-        return self.tell_failed(clips)
+        return self.tell_end(clips)
 
-    def make(self, clip: Clip) -> None:
+    def attempt(self, make: Callable[[Clip], object], clip: Clip) -> None:
         """Make a clip; what goes wrong becomes its error, for the others to go on."""
         started = time.monotonic()
         try:
-            self.studio.make(clip)
+            make(clip)
         except Exception as error:  # a worker outlives whatever a clip does to it
             # What was there is there, though the cache may be another user's.
             if clip.state != DONE or not isinstance(error, OSError):
                 clip.error, clip.spent_s = error, round(time.monotonic() - started, 3)
+
+    def make(self, clip: Clip) -> None:
+        """Make a clip of a batch, and tell of it."""
+        self.attempt(self.studio.make, clip)
         self.report(clip)
 
     def report(self, clip: Clip) -> None:
@@ -3296,7 +3304,7 @@ class Command:
             self.view.result(as_json(clip, self.studio.api.unit))
 
     def tell_end(self, clips: Sequence[Clip]) -> int:
-        """Say what a batch has cost, and what failed, last; the exit status."""
+        """Say what a batch has cost and, last, what failed; the exit status."""
         unit, failed = self.studio.api.unit, [(clip, clip.error) for clip in clips if clip.error]
         bills = [bill for clip in clips if (bill := clip.bill())[0]]
         if bills and self.view.clips:
@@ -3306,11 +3314,6 @@ class Command:
         if self.studio.broke and unsent:
             missing = amount(total(clip.due for clip in unsent), unit)
             complain(f"out of funds; clips not sent: {len(unsent)}, they need about {missing}")
-        return self.tell_failed(clips)
-
-    def tell_failed(self, clips: Sequence[Clip]) -> int:
-        """Say what failed, and why; the exit status."""
-        failed = [(clip, clip.error) for clip in clips if clip.error]
         for clip, error in failed:
             tell_traceback(self.args, self.view, error)
             complain(f"{clip.name}: {explain(error)}")
@@ -3417,18 +3420,19 @@ class Watcher:
                 wait.busy, wait.due = True, math.inf
                 self.pool.submit(self.work, clip, wait)
 
+    def make(self, clip: Clip) -> None:
+        """Plan, afford and make the clip that came."""
+        studio = self.studio
+        with studio.http.until(time.monotonic() + studio.timeout_s):
+            studio.plan([clip])
+            studio.broke = None
+            if not clip.error and clip.state != DONE:
+                studio.afford([clip])
+                studio.make(clip)
+
     def work(self, clip: Clip, wait: Wait) -> None:
         """One clip, in a thread of the pool."""
-        studio = self.studio
-        try:
-            with studio.http.until(time.monotonic() + studio.timeout_s):
-                studio.plan([clip])
-                studio.broke = None
-                if not clip.error and clip.state != DONE:
-                    studio.afford([clip])
-                    studio.make(clip)
-        except Exception as error:  # as in Command.make: a worker outlives it
-            clip.error = error
+        self.command.attempt(self.make, clip)
         try:
             self.after(clip, wait, clip.error)
         finally:
@@ -3505,7 +3509,7 @@ def notify_systemd(message: str) -> None:
 
 def cmd_run(command: Command) -> int:
     """One clip: a batch of one."""
-    args, source, text = command.args, Path(command.args.wav), ""
+    args, source, text = command.args, Path(command.args.wav), None
     of_file = bool(args.wav) or args.say.startswith("@")
     if args.wav:
         inspect_file(source, "audio")
@@ -3518,8 +3522,6 @@ def cmd_run(command: Command) -> int:
         if len(name) > 40:  # texts that begin alike are not one video
             name = f"{name[:35].rpartition('-')[0] or name[:35]}-{digest_of(args.say)[:4]}"
         source, text = Path(f"{name}{SAY_SUFFIX}"), args.say
-    if not args.wav and not re.search(r"\w", text):
-        raise InputError("the text is blank, or has no word in it: nothing was sent")
     if args.out and not os.path.basename(args.out):
         raise InputError(f"--out {printable(args.out)} is a folder: --out-dir takes one")
     names = folder_names(source.parent) if of_file else {}
