@@ -130,9 +130,14 @@ VIDEO, SPEECH = "video", "speech"  # what is made
 LATER = "run the same command again later; what was paid for by then is not lost"
 
 
+def printable(text: object) -> str:
+    """Text for one line of a log: file names and answers may hold line breaks and escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 class HedraError(Exception):
-    """What happened, to what, and what to do next. `code`, `words` and `trace_id` are Hedra's own,
-    `retry_after` is in seconds, `generation_id` is of what is paid for and not lost."""
+    """What happened, to what, and what to do next, in one line. `code`, `words` and `trace_id` are
+    Hedra's own, `retry_after` is in seconds, `generation_id` is paid for and not lost."""
 
     status: int | None = None  # of HTTP; None: no answer
     code = words = trace_id = generation_id = ""
@@ -142,12 +147,12 @@ class HedraError(Exception):
     unfinished = False  # of a file: cut short, or still being written
 
     def __init__(self, message: str, **evidence: Any) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         self.__dict__.update(evidence)
 
     def add(self, text: str) -> None:
         """Say more."""
-        self.args = (f"{self}; {text}",)
+        self.args = (printable(f"{self}; {text}"),)
 
 
 class InputError(HedraError):
@@ -178,11 +183,6 @@ class GenerationFailed(HedraError):
 
 class StillRunning(HedraError, TimeoutError):
     """The time given was over first. What is at work at Hedra goes on and is not lost."""
-
-
-def printable(text: object) -> str:
-    """Text for one line of a log: file names and answers may hold line breaks and escapes."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 def explain(error: BaseException) -> str:
@@ -282,7 +282,7 @@ def clean_url(raw: str) -> str:
                 return url
             if parts.scheme == "http":
                 raise InputError(f"refused: http://{parts.netloc} is not encrypted; use https://")
-    raise InputError(f"not a web address: {printable(url)!r} (is HEDRA_BASE_URL right?)")
+    raise InputError(f"not a web address: {url!r} (is HEDRA_BASE_URL right?)")
 
 
 def open_account(api_key: str, environ: Mapping[str, str] | None = None) -> Account:
@@ -297,7 +297,7 @@ def open_account(api_key: str, environ: Mapping[str, str] | None = None) -> Acco
         raise InputError(f"HEDRA_BASE_URL is of the {other} API, this key of {mine}: unset it")
     raw = setting(environ, "HEDRA_HTTP_TIMEOUT", f"{SILENCE_TIMEOUT_S}")
     if not (silence_s := parse_number(raw)):
-        raise InputError(f"HEDRA_HTTP_TIMEOUT is {printable(raw)!r}: give seconds, as in 60")
+        raise InputError(f"HEDRA_HTTP_TIMEOUT is {raw!r}: give seconds, as in 60")
     cache = Path(os.path.expanduser(setting(environ, "HEDRA_CACHE_DIR", ".cache")))
     return Account(key, url, setting(environ, "HEDRA_WORKSPACE_ID"), cache, min(silence_s, 86_400))
 
@@ -334,18 +334,17 @@ class Media(NamedTuple):
 def open_regular(file: Path) -> Iterator[io.BufferedReader]:
     """A file to read; raises InputError where that cannot be, and for a pipe or a device, which
     may run for ever."""
-    name = printable(file)
     try:
         if not S_ISREG(os.stat(file).st_mode):
-            raise InputError(f"{name} is not a file: give the path of one")
+            raise InputError(f"{file} is not a file: give the path of one")
         with open(file, "rb") as stream:
             yield stream
     except HedraError:  # StillRunning is an OSError as well
         raise
     except FileNotFoundError:
-        raise InputError(f"{name} does not exist") from None
+        raise InputError(f"{file} does not exist") from None
     except OSError as error:
-        raise InputError(f"{name} cannot be read: {error.strerror}") from error
+        raise InputError(f"{file} cannot be read: {error.strerror}") from error
 
 
 def signature(file: Path | str) -> str:
@@ -486,8 +485,7 @@ def inspect_file(file: Path, kind: Kind) -> Media:
             return media
         except InputError as error:
             cut = "is cut short or still being written" if error.unfinished else "cannot be used"
-            text = f"{printable(file)} {cut}: {error}"
-            raise InputError(text, unfinished=error.unfinished) from None
+            raise InputError(f"{file} {cut}: {error}", unfinished=error.unfinished) from None
 
 
 def inspect_film(file: Path, kind: str = VIDEO) -> Media | None:
@@ -715,14 +713,6 @@ def parse_price(row: Reply, seconds: float, resolution: str, characters: int = 0
     return math.ceil(cost - 1e-6) if 0 <= (cost := factor * units) < 1e15 else None
 
 
-def takes_portrait_and_audio(row: Reply) -> bool:
-    """Whether a catalogue row is of a model that could make an avatar."""
-    slots = [slot for mode in row.rows("inputs") or () for slot in mode.rows("slots") or ()]
-    kinds = {slot.text("type") for slot in slots}
-    image = row.flag("requires_start_frame") or "image" in kinds
-    return image and (row.flag("requires_audio_input") or "audio" in kinds)
-
-
 def choose_model(rows: Sequence[Reply], asked: str = "") -> Model | None:
     """The row that was asked for by id or slug, else Character 3, else None. Rows once had
     `ai_model_type` and `status`; today's have neither and are told by slug or name."""
@@ -917,11 +907,6 @@ class Clip:
         open_parts = [part for part in self.parts if part.state in OPEN]
         return total(part.price for part in open_parts) if self.state in OPEN else 0.0
 
-    @property
-    def margin(self) -> float:
-        """What its price counts against a cap: a guess with a fifth on top."""
-        return 1.2 if self.is_estimate else 1.0
-
     def bill(self) -> tuple[bool, float | None, float | None]:
         """Whether this very run paid for it, what was quoted, and what Hedra has billed."""
         if paid := [part for part in self.parts if part.paid]:
@@ -1035,9 +1020,9 @@ def faults(where: str, silence_s: float, proxy: str = "", ours: bool = True) -> 
             raise cause from None
         untrusted = "CERTIFICATE_VERIFY_FAILED" in str(error)
         unsent = untrusted or isinstance(error, u.ProxyError | u.ConnectTimeoutError)
-        why = printable(str(cause).rpartition(": ")[2])
+        why = str(cause).rpartition(": ")[2]
         if untrusted:
-            why = f"its certificate is not trusted ({printable(error)}); see SSL_CERT_FILE"
+            why = f"its certificate is not trusted ({error}); see SSL_CERT_FILE"
         elif unsent:
             why = f"the {f'proxy {proxy}' if proxy else 'server'} cannot be reached ({why})"
         elif isinstance(error, u.TimeoutError):
@@ -1080,7 +1065,7 @@ class Transport:
     """One account's way to Hedra, safe for threads; every fault comes out as an ApiError."""
 
     def __init__(self, account: Account, stop: threading.Event | None = None) -> None:
-        self.account, self.pools = account, dict[str, Any]()
+        self.account, self.pools = account, dict[str, tuple[Any, str]]()
         self.pace, self.stop = Pace(), stop or threading.Event()
         self.waiting = set[str]()  # generations whose end is waited for
 
@@ -1132,24 +1117,23 @@ class Transport:
         named = (proxies.get("https") or proxies.get("all") or "").strip()
         if parts.scheme != "https" or proxy_bypass(parts.netloc):
             named = ""
-        scheme, _, rest = named.rpartition("://")
-        login, _, host = rest.rpartition("@")
-        if (scheme := scheme.lower()) not in ("", "http", "https"):
-            raise InputError(f"the proxy {scheme}://{printable(host)} is none of http or https")
-        proxy = f"{scheme or 'http'}://{host}" if host else ""
-        if proxy not in self.pools:
-            pool = urllib3.PoolManager
+        if named not in self.pools:
+            opener, proxy = urllib3.PoolManager, ""
             try:
-                if proxy:
-                    secret = urllib3.make_headers(proxy_basic_auth=unquote(login)) if login else {}
-                    pool = functools.partial(urllib3.ProxyManager, proxy, proxy_headers=secret)
-                pool = pool(maxsize=1000, retries=False)
+                if named:
+                    at = urllib3.util.parse_url(named)
+                    proxy = f"{at.scheme or 'http'}://{at.netloc}"
+                    login = at.auth and unquote(at.auth)
+                    secret = urllib3.make_headers(proxy_basic_auth=login)
+                    opener = functools.partial(urllib3.ProxyManager, proxy, proxy_headers=secret)
+                pool = opener(maxsize=1000, retries=False)
             except ValueError:
-                raise InputError(f"the proxy {printable(proxy)} is no address") from None
+                text = f"the proxy {proxy or 'of HTTPS_PROXY'} is no http or https address"
+                raise InputError(text) from None
             kinds = pool.pool_classes_by_scheme.items()
             pool.pool_classes_by_scheme = {scheme: bounded(pools) for scheme, pools in kinds}
-            self.pools[proxy] = pool
-        return self.pools[proxy], proxy
+            self.pools[named] = pool, proxy
+        return self.pools[named]
 
     def send(
         self, method: str, url: str, headers: Headers, body: Any = None, silence_s: float = 0.0
@@ -1271,7 +1255,7 @@ class Transport:
                     advance(len(block))
                     self.sleep(0.0)  # raises where the time is over
                 if sent < size:
-                    raise InputError(f"{printable(file)} shrank while it was sent; run it again")
+                    raise InputError(f"{file} shrank while it was sent; run it again")
                 yield closing.encode()
 
             return self.repeat(lambda: self.api("POST", path, body(), headers))
@@ -1358,8 +1342,31 @@ class WebApi:
         mine = ("", "d1dd37a3-e39a-4854-a298-6510289f9cf2")
         return self.default_model if asked.lower() in mine else asked
 
-    def model(self, asked: str, kind: str = VIDEO) -> Model:
-        """The model asked for, or Character 3, or the price of the first that speaks."""
+    def model(
+        self, asked: str = "", kind: str = VIDEO, *, max_age_s: float = math.inf,
+        known_only: bool = False,
+    ) -> Model:
+        """The model asked for, or Character 3 (or the one that speaks): as remembered in
+        `.cache/model_id`, else looked up (an empty one if `known_only`) and, if it can be right,
+        remembered."""
+        memo = Record(self.http.account.cache / "model_id")
+        with contextlib.suppress(OSError, ValueError):
+            memo = Record(memo.path, read_json(memo.path.read_bytes()))
+        name = " ".join(filter(None, (self.http.account.id, kind.replace(VIDEO, ""), asked)))
+        row, at = memo.part(name).part("model"), memo.part(name).number("at") or -math.inf
+        row.values |= row.part("price").values  # as the first version had it
+        if row.text("id", "slug") and time.time() - at < max_age_s:
+            return parse_model(row)
+        if known_only:
+            return Model("")
+        model = self.listed(asked, kind)
+        if model.id and parse_price(model.row, 1.0, "540p") is not None:
+            memo.values[name] = {"at": int(time.time()), "model": model.row.values}
+            memo.save()
+        return model
+
+    def listed(self, asked: str, kind: str) -> Model:
+        """The same from the catalogue; of speech, the first that speaks."""
         reply = self.http.call("GET", "/models")
         rows = reply.must(reply.rows, "rows")
         if kind == SPEECH and not asked:
@@ -1369,9 +1376,9 @@ class WebApi:
             return model
         if asked:  # the catalogue does not list all that works: the submit has the last word
             return Model(asked, "" if UUID_SHAPE.fullmatch(asked) else asked)
-        fit = [row.text("slug", "id") for row in rows if takes_portrait_and_audio(row)]
+        fit = [row.text("slug", "id") for row in rows if row.flag("requires_audio_input")]
         text = "this account has no Character 3 model; set HEDRA_MODEL_ID (or give --model) to one"
-        raise HedraError(f"{text} that takes a portrait and audio: {', '.join(fit) or 'none'}")
+        raise HedraError(f"{text} that takes audio: {', '.join(fit) or 'none'}")
 
     def body(self, clip: Clip) -> dict[str, Any]:
         """A clip in the words of this API."""
@@ -1538,8 +1545,8 @@ class JobsApi:
         """The name that a model goes by in a clip's key. A v2 slug ends in the v3 id."""
         return asked.rpartition("/")[2] or self.default_model
 
-    def model(self, asked: str, kind: str = VIDEO) -> Model:
-        """The model asked for, or Character 3, or the one that speaks."""
+    def model(self, asked: str = "", kind: str = VIDEO, **_: object) -> Model:
+        """The model asked for, or Character 3 (or the one that speaks): needs no look."""
         default = self.default_speech_model if kind == SPEECH else self.default_model
         name = asked.rpartition("/")[2] or default
         if not name.startswith("hedra-"):
@@ -1714,7 +1721,7 @@ class View:
     clips = done = failed = drawn = results = 0
     spent = ""
 
-    def __init__(self, where: Literal["", "log", "terminal"] = "", verbose: int = 0) -> None:
+    def __init__(self, where: Literal["", "log", "terminal"] = "", verbose: bool = False) -> None:
         self.where, self.verbose, self.lock = where, verbose, threading.RLock()
         self.lines, self.closed = dict[Clip, float](), threading.Event()  # since when
         self.batch, self.begun = Clip("", Path()), time.monotonic()
@@ -1805,7 +1812,7 @@ class View:
             self.closed.set()
 
 
-def open_view(quiet: bool = False, verbose: int = 0) -> View:
+def open_view(quiet: bool = False, verbose: bool = False) -> View:
     """Moving lines on a terminal, plain ones in a log, nothing where nothing is wanted."""
     return View() if quiet else View("terminal" if screen_size().columns else "log", verbose)
 
@@ -1854,9 +1861,9 @@ class Ledger:
         return record
 
     @contextlib.contextmanager
-    def own(self, name: str, waiting: Callable[[], object] | str) -> Iterator[None]:
-        """Be the only one who has that name. Who comes second waits and calls `waiting` meanwhile,
-        or, where that is a text, gets an InputError of it. The kernel frees it with its owner."""
+    def own(self, name: str, waiting: Callable[[], object]) -> Iterator[None]:
+        """Be the only one who has that name; the kernel frees it with its owner. Who comes second
+        calls `waiting`, which may raise, and waits."""
         import fcntl
 
         path, at = self.folder / "locks", int(digest_of(name)[:15], 16)
@@ -1867,10 +1874,8 @@ class Ledger:
                     fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, at)
                     self.held.add(mine)
                     break
-            if isinstance(waiting, str):
-                raise InputError(waiting)
-            self.sleep(0.05)
             waiting()
+            self.sleep(0.05)
         try:
             yield
         finally:
@@ -1896,9 +1901,9 @@ class Ledger:
         if not known or not media.content_type.startswith(kind):
             media = inspect_file(file, kind)._replace(digest=content_digest(file))
             if sign != signature(name):
-                raise InputError(f"{printable(file)} changes while it is read; run it again later")
+                raise InputError(f"{file} changes while it is read; run it again later")
             with contextlib.suppress(OSError):  # the cache of another user of the group
-                record.save(file=printable(name), signature=sign, **media._asdict())
+                record.save(file=name, signature=sign, **media._asdict())
         self.seen[kind, name, sign] = media
         return media
 
@@ -2058,33 +2063,7 @@ class Download:
         raise ApiError(f"{text}: {LATER}", retryable=True, code="ADDRESS")
 
 
-# ---- making a clip: find_model, Studio ----------------------------------------------------------
-
-def find_model(
-    api: Api, asked: str = "", *, kind: str = VIDEO, max_age_s: float = math.inf,
-    known_only: bool = False,
-) -> Model:
-    """The model asked for, or Character 3 (or the one that speaks): as remembered in
-    `.cache/model_id`, else looked up (an empty one if `known_only`) and, if it can be right,
-    remembered. The jobs API needs no look."""
-    if api.replays:
-        return api.model(asked, kind)
-    memo = Record(api.http.account.cache / "model_id")
-    with contextlib.suppress(OSError, ValueError):
-        memo = Record(memo.path, read_json(memo.path.read_bytes()))
-    name = " ".join(filter(None, (api.http.account.id, kind.replace(VIDEO, ""), asked)))
-    row, at = memo.part(name).part("model"), memo.part(name).number("at") or -math.inf
-    row.values |= row.part("price").values  # as the first version had it
-    if row.text("id", "slug") and time.time() - at < max_age_s:
-        return parse_model(row)
-    if known_only:
-        return Model("")
-    model = api.model(asked, kind)
-    if model.id and parse_price(model.row, 1.0, "540p") is not None:
-        memo.values[name] = {"at": int(time.time()), "model": model.row.values}
-        memo.save()
-    return model
-
+# ---- making a clip: Studio ----------------------------------------------------------------------
 
 class Studio:
     """All that the clips of a command have in common, and the verbs over them: plan, afford,
@@ -2094,7 +2073,7 @@ class Studio:
     cap: float | None = None  # of --max-credits
     balance: Balance | None = None
     broke: OutOfCredits | None = None
-    planned = spent = 0.0
+    spent = 0.0
 
     def __init__(
         self, api: Api, view: View, *, model: str = "", speech_model: str = "",
@@ -2104,10 +2083,11 @@ class Studio:
         self.account, self.timeout_s, self.interval_s = api.http.account, timeout_s, interval_s
         self.ledger = Ledger(self.account.cache, self.http.sleep, view.say)
         self.asked = {VIDEO: model, SPEECH: speech_model}
-        self.model = functools.cache(functools.partial(find_model, api))
+        self.model = functools.cache(api.model)
         self.lock, self.turn = threading.RLock(), threading.Lock()
         self.unread = dict[str, float]()  # until when not to ask again
         self.forgotten = set[str]()  # files that Hedra no longer knows
+        self.held = dict[str, float]()  # against the cap: the price of what was submitted
 
     # -- plan: what each clip is, what it needs and what it costs
 
@@ -2121,8 +2101,8 @@ class Studio:
                 clip.state = self.judge(clip, force=self.force)
                 other = targets.setdefault(os.path.abspath(clip.target), clip)
                 if other is not clip:
-                    name, rival = printable(clip.target), printable(other.name)
-                    raise InputError(f"{name} would be the video of {rival} as well: rename one")
+                    whose = f"would be the video of {other.name} as well"
+                    raise InputError(f"{clip.target} {whose}: rename one")
         fine = [clip for clip in clips if not clip.error]
         ask = functools.partial(self.tolerant, self.api.balance, "the balance")
         if any(clip.state in OPEN for clip in fine):
@@ -2210,7 +2190,7 @@ class Studio:
             raise InputError(f"{which}; give --voice the id of one")
         called = {voice.name.casefold(): voice.name for voice in voices}
         near = difflib.get_close_matches(wanted, called, n=5, cutoff=0.3) or list(called)[:5]
-        listed = printable(", ".join(called[name] for name in near)) or "none"
+        listed = ", ".join(called[name] for name in near) or "none"
         raise InputError(f"there is no voice {asked!r}; nearest: {listed} (`voices` lists all)")
 
     @functools.cached_property
@@ -2276,22 +2256,22 @@ class Studio:
             probe.touch()
             probe.unlink(missing_ok=True)
         except OSError as error:
-            text = f"{printable(target)} cannot be written: {error.strerror}"
+            text = f"{target} cannot be written: {error.strerror}"
             raise InputError(f"{text}; choose another place for it") from error
 
     def check_old(self, clip: Clip) -> None:
         """Raise InputError unless what lies at the target may go: a result of ours, or what is left
         of one. Where the ledger was lost only the download will tell: then it `is_doubtful`."""
-        target, name = clip.target, printable(clip.target)
+        target = clip.target
         try:
             os.lstat(target)  # another OSError where its name is too long
         except FileNotFoundError:
             return
         if not target.is_file():
-            raise InputError(f"{name} is a folder, or else no file that a video could replace")
+            raise InputError(f"{target} is a folder, or else no file that a video could replace")
         inputs = [file for file in (clip.audio, clip.image) if file.name and file.exists()]
         if any(target.samefile(file) for file in inputs):
-            raise InputError(f"{name} is an input: the video needs a name of its own")
+            raise InputError(f"{target} is an input: the video needs a name of its own")
         if not (size := os.stat(target).st_size):
             return
         known, whole = clip.record.part("videos").values, bool(inspect_film(target, clip.kind))
@@ -2306,9 +2286,9 @@ class Studio:
         if clip.is_doubtful or (cut and not whole and place in known):
             return
         raise InputError(
-            f"{name} exists and is no video that Hedra made for this folder (edited, or of another "
-            "origin): it is left as it is, and nothing was paid; move it away or give another --out"
-            " (--force makes, and pays, a new take in place of a video)"
+            f"{target} exists and is no video that Hedra made for this folder (edited, or of "
+            "another origin): it is left as it is, and nothing was paid; move it away or give "
+            "another --out (--force makes, and pays, a new take in place of a video)"
         )
 
     def look_for(self, clips: Sequence[Clip]) -> None:
@@ -2347,10 +2327,10 @@ class Studio:
         asked_s = Reply(part.settings).figure("duration_ms", 1000) / 1000
         if not MIN_SECONDS <= asked_s <= MAX_SECONDS:
             wrong = "a duration_ms that is not from 500 to 600,000"
-            raise InputError(f"{printable(part.name)} has {wrong}; nothing was sent")
+            raise InputError(f"{part.name} has {wrong}; nothing was sent")
         if part.kind == VIDEO and seconds and model.max_seconds and seconds > model.max_seconds:
             limit = f"{name} takes at most {model.max_seconds:g} s"
-            raise InputError(f"{printable(part.name)} lasts {seconds:.1f} s; {limit}")
+            raise InputError(f"{part.name} lasts {seconds:.1f} s; {limit}")
         return self.api.price(part)
 
     def tolerant(self, call: Callable[[], T], what: str) -> T | None:
@@ -2376,8 +2356,9 @@ class Studio:
         wanted, unit = [clip for clip in clips if clip.state in OPEN], self.api.unit
         self.tell_unknown(wanted, cap)
         parts = open_parts(wanted)
-        high = round(sum(part.margin * (part.price or 0) for part in parts), 6)
-        self.cap, self.planned = cap, high
+        guessed = sum(part.price or 0 for part in parts if part.is_estimate)
+        high = round(sum(part.price or 0 for part in parts) + guessed / 5, 6)
+        self.cap = cap
         if cap is not None and high > cap:
             guess = " (with a fifth on top of guesses)" * any(c.is_estimate for c in wanted)
             text = f"to make: {len(wanted)}, for about {amount(high, unit)}{guess}; --max-credits"
@@ -2394,7 +2375,7 @@ class Studio:
         """Say of which clips no price is known, and why; raises InputError where there is a cap."""
         if not (unknown := [clip for clip in clips if clip.due is None]):
             return
-        text = f"no price is known of {', '.join(printable(clip.name) for clip in unknown)}"
+        text = f"no price is known of {', '.join(clip.name for clip in unknown)}"
         if any(clip.seconds is None for clip in unknown):
             text += ": how long the recording is cannot be told without ffprobe (a part of ffmpeg)"
         if cap is not None:
@@ -2428,10 +2409,8 @@ class Studio:
         """Judge once more, as another process may have been at work since the plan, and take up
         what Hedra was found to have. Raises GenerationFailed for what was refused."""
         self.ledger.load("clips", clip.key, owned=True)
-        planned, before, known = clip.state, clip.due, clip.generation_id
-        clip.state = self.judge(clip, force=self.force and planned in OPEN, known=known)
-        if clip.state in OPEN and (planned not in OPEN or clip.generation_id != known):
-            self.hold(clip, before or 0.0)
+        force, known = self.force and clip.state in OPEN, clip.generation_id
+        clip.state = self.judge(clip, force=force, known=known)
         if clip.state == REFUSED:
             raise GenerationFailed(
                 f"refused before, and not paid again: {clip.record.text('reason')} (change "
@@ -2450,12 +2429,14 @@ class Studio:
     @contextlib.contextmanager
     def owned(self, clip: Clip) -> Iterator[None]:
         """Nobody else works on this clip, nor on a video of that name."""
-        name, target = printable(clip.target), os.path.abspath(clip.target)
-        busy = f"{name} is being written by another process, for another clip; nothing was paid"
+
+        def refuse() -> None:
+            busy = f"{clip.target} is being written by another process, for another clip"
+            raise InputError(f"{busy}; nothing was paid: give this one another --out")
+
         waiting = functools.partial(self.view.state, clip, "waiting", "it is made elsewhere")
-        mine = self.ledger.own(f"clip {clip.key}", waiting)
-        place = self.ledger.own(f"target {target}", f"{busy}: give this one another --out")
-        with mine, place:
+        place = f"target {os.path.abspath(clip.target)}"
+        with self.ledger.own(f"clip {clip.key}", waiting), self.ledger.own(place, refuse):
             yield
 
     def begin_take(self, clip: Clip) -> None:
@@ -2479,6 +2460,7 @@ class Studio:
             self.speak(clip, clip.speech)
         self.quote(clip)
         self.begin_take(clip)
+        self.hold(clip)
         try:
             generation_id, fresh = self.submit(clip)
         except OutOfCredits as error:
@@ -2490,8 +2472,7 @@ class Studio:
 
     def speak(self, clip: Clip, speech: Clip) -> None:
         """Make the speech of a clip first, or take the one that there is; then its video has a
-        known length and price, which is held against the cap once more."""
-        margin = clip.margin
+        known length and price."""
         try:
             self.make(speech)
         except HedraError as error:
@@ -2502,26 +2483,26 @@ class Studio:
             clip.effort |= speech.effort
         speech.state = DONE
         self.hear(clip, speech)
-        before, clip.price = clip.price, None
-        self.hold(clip, margin * (before or 0))
+        clip.price = None
 
-    def hold(self, clip: Clip, before: float) -> None:
-        """Hold what is to be paid by now, and was `before` in the plan, against the cap."""
-        self.quote(clip)
-        due, unit = clip.due, self.api.unit
+    def hold(self, clip: Clip) -> None:
+        """Hold what is about to be paid, and what was before, against the cap: the promise."""
+        unit = self.api.unit
         with self.lock:
-            self.planned = round(self.planned - before + (due or 0), 6)
-            if self.cap is not None and (due is None or self.planned > self.cap):
-                costs = f"{amount(due, unit)}, and all together {amount(self.planned, unit)}"
+            held = self.held | {clip.reserved: clip.price or 0.0}
+            paid = round(sum(held.values()), 6)
+            if self.cap is not None and (clip.price is None or paid > self.cap):
+                costs = f"{amount(clip.price, unit)}, and all together {amount(paid, unit)}"
                 text = f"the {clip.kind} costs {costs}; what was made before is kept"
                 raise OutOfCredits(f"{text}; --max-credits is {amount(self.cap, unit)}: raise it")
+            self.held = held
 
     def about(self, clip: Clip) -> dict[str, Any]:
         """For the person who reads the ledger."""
         spoken = clip.speech or clip.kind == SPEECH
         return {
-            "clip": printable(clip.name if spoken else clip.audio), "kind": clip.kind,
-            "portrait": printable(clip.image.name and clip.image), "voice": clip.voice,
+            "clip": str(clip.name if spoken else clip.audio), "kind": clip.kind,
+            "portrait": str(clip.image.name and clip.image), "voice": clip.voice,
             "prompt": clip.prompt,
             "model": self.asked[clip.kind], "account": self.account.id, "unit": self.api.unit,
         }
@@ -2563,7 +2544,7 @@ class Studio:
         moved = functools.partial(self.view.move, clip, total=media.size_bytes)
         ref, lapses = self.api.upload(file, kind, moved)
         if self.ledger.media(file, kind).digest != media.digest:
-            raise InputError(f"{printable(file)} changed while it was sent; nothing was paid")
+            raise InputError(f"{file} changed while it was sent; nothing was paid")
         record.values |= {**self.about(clip), name: ref, f"{name}_expires_at": lapses}
         record.values |= {} if image else {"state": record.text("state") or NEW}
         record.save()
@@ -2766,7 +2747,7 @@ class Studio:
         """Bring the result to its place: from this disk if it is there, else from Hedra. A full or
         read-only disk is told as what it is."""
         target, record = clip.target, clip.record
-        self.view.state(clip, "downloading", printable(target))
+        self.view.state(clip, "downloading", str(target))
         try:
             if there := self.ledger.find(record, target):
                 copy_file(there, target)
@@ -2779,7 +2760,7 @@ class Studio:
             copy_file(there, target)
             self.ledger.keep(record, target)
         except OSError as error:
-            text = f"{printable(error.filename or target)} cannot be written: {error.strerror}"
+            text = f"{error.filename or target} cannot be written: {error.strerror}"
             where = f"it is paid for and safe at Hedra [generation {clip.generation_id}]"
             how = "make room and run the same command again"
             raise HedraError(f"{text}; {where}: {how}") from error
@@ -2790,15 +2771,15 @@ class Studio:
         """Download the result, and say what is odd about it. [Videos have come without a sound
         track, or of another length than the recording.] Where the ledger was lost and something
         lies at the target, that is left as it is and has to be the same; raises InputError."""
-        name, length = printable(clip.target), None if clip.is_estimate else clip.seconds
+        length = None if clip.is_estimate else clip.seconds
 
         def inspect(part: Path) -> Media | None:
             found = inspect_film(part, clip.kind)
             if found and clip.is_doubtful and video_digest(part) != video_digest(clip.target):
                 part.unlink()
-                text = f"{name} is not the video that Hedra has of this clip (edited, or of another"
+                text = f"{clip.target} is not the video that Hedra has of this clip (edited, or of"
                 how = "it is left as it is: move it away or give another --out"
-                raise InputError(f"{text} origin); {how}")
+                raise InputError(f"{text} another origin); {how}")
             return found
 
         film = Download(self.api, clip, self.view, inspect).run(url, self.interval_s)
@@ -2952,7 +2933,7 @@ def get_default_model_id(api_key: str, *, environ: Environ = None) -> str:
     """HEDRA_MODEL_ID if set, else Character 3's id (or slug) from `.cache/model_id` or, looked up,
     from the catalogue. Raises HedraError with the models that would do where it has none."""
     asked = setting(os.environ if environ is None else environ, "HEDRA_MODEL_ID")
-    return asked or find_model(connect(api_key, environ)).id
+    return asked or connect(api_key, environ).model().id
 
 
 def start_generation(
@@ -2967,7 +2948,7 @@ def start_generation(
     api = connect(api_key, environ)
     check_wishes(prompt, settings)
     name = model_id or get_default_model_id(api_key, environ=environ)
-    known = find_model(api, name if api.replays else "", known_only=True)
+    known = api.model(name if api.replays else "", known_only=True)
     clip = Clip(
         "", Path(), prompt=prompt, resolution=resolution, aspect_ratio=aspect_ratio,
         settings=settings or {}, asked_id=generation_id,
@@ -3033,7 +3014,7 @@ def folder_names(folder: Path) -> Names:
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        raise InputError(f"the folder {printable(folder)}: {error.strerror}") from error
+        raise InputError(f"the folder {folder}: {error.strerror}") from error
     return {name.lower(): name for name in names} | {name: name for name in names}
 
 
@@ -3077,11 +3058,11 @@ def read_text(file: Path, limit: int = PROMPT_BYTES) -> str:
     with open_regular(file) as stream:
         data = stream.read(limit + 1)
     if len(data) > limit:
-        raise InputError(f"{printable(file)} has more than {limit:,} bytes: too long")
+        raise InputError(f"{file} has more than {limit:,} bytes: too long")
     try:
         return data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
-        raise InputError(f"{printable(file)} is no UTF-8 text: {error}") from error
+        raise InputError(f"{file} is no UTF-8 text: {error}") from error
 
 
 def clip_of(
@@ -3098,8 +3079,8 @@ def clip_of(
 
     name = stem_of(source.name)
     if not (image := chosen(IMAGE_SUFFIXES, args.img, args.fallback)):
-        ways = f"put {printable(name)}.png beside it, give --img FILE, or set FRIEND_IMG"
-        raise InputError(f"{printable(source)} has no portrait: {ways}")
+        ways = f"put {name}.png beside it, give --img FILE, or set FRIEND_IMG"
+        raise InputError(f"{source} has no portrait: {ways}")
     clip = Clip(
         name, Path(args.out) if args.out else Path(args.out_dir, f"{name}.mp4"),
         image=Path(image), audio=source, settings=dict(args.set),
@@ -3110,7 +3091,7 @@ def clip_of(
         text = read_text(source, TEXT_BYTES)
     if text is not None:
         if not re.search(r"\w", text):
-            said = f"the text of {printable(name)} is blank, or has no word in it"
+            said = f"the text of {name} is blank, or has no word in it"
             raise InputError(f"{said}: nothing was sent")
         text, voice = text.strip(), chosen([".voice.txt"], args.voice).strip()
         clip.speech = Clip(f"{name} (speech)", Path(), prompt=text, kind=SPEECH, voice=voice)
@@ -3291,9 +3272,6 @@ class Command:
             view.say(f"{clip.name}: {state}")  # the reason comes at the end
         elif not clip.error and clip.state != DONE:
             view.say(f"{clip.name}: done (in {clip.spent_s:.1f} s)")
-        if self.args.verbose > 1 and clip.effort:
-            effort = ", ".join(f"{name} {value:g}" for name, value in clip.effort.items())
-            view.say(f"{clip.name}: {effort}")
         if not self.args.json and not clip.error:
             view.result(str(clip.target))
 
@@ -3523,7 +3501,7 @@ def cmd_run(command: Command) -> int:
             name = f"{name[:35].rpartition('-')[0] or name[:35]}-{digest_of(args.say)[:4]}"
         source, text = Path(f"{name}{SAY_SUFFIX}"), args.say
     if args.out and not os.path.basename(args.out):
-        raise InputError(f"--out {printable(args.out)} is a folder: --out-dir takes one")
+        raise InputError(f"--out {args.out} is a folder: --out-dir takes one")
     names = folder_names(source.parent) if of_file else {}
     return command.batch([clip_of(source, args, names, text)])
 
@@ -3540,7 +3518,7 @@ def cmd_batch(command: Command) -> int:
         view.say(text)
     if not clips:
         kinds = ", ".join(SOUND_SUFFIXES)
-        view.say(f"{printable(folder)} holds no recording ({kinds}) and no x{SAY_SUFFIX}")
+        view.say(f"{folder} holds no recording ({kinds}) and no x{SAY_SUFFIX}")
     return command.batch(clips)
 
 
@@ -3700,7 +3678,7 @@ def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
         add("--workspace", dest="HEDRA_WORKSPACE_ID", metavar="ID", help="that pays (v2)")
     add("--json", action="store_true", help="one JSON object a result, failures too")
     add("-q", "--quiet", action="store_true", help="errors only on stderr")
-    add("-v", "--verbose", action="count", default=0, help="say more (-vv: effort)")
+    add("-v", "--verbose", action="store_true", help="say more")
 
 
 def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
