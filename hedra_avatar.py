@@ -872,6 +872,11 @@ class Clip:
         self.record = Record()  # of its take
         self.__dict__.update(wishes)
 
+    @functools.cached_property
+    def place(self) -> str:
+        """The target as an absolute path."""
+        return os.path.abspath(self.target)
+
     @property
     def reserved(self) -> str:
         """What its take is submitted as: generation id (v2) or idempotency key (v3)."""
@@ -1842,12 +1847,12 @@ class Ledger:
         can still be read of it (which take it was) is kept: forgetting that could pay again."""
         name = f"{self.folder}/{kind}/{key}.json"
         try:
-            with open(name, "rb") as file:
+            with open(name, "rb", buffering=0) as file:
                 raw = file.read()
         except (FileNotFoundError, NotADirectoryError):
             return Record(name)
         with contextlib.suppress(ValueError):
-            if isinstance(values := read_json(raw), dict):
+            if isinstance(values := read_json(raw.decode()), dict):
                 return Record(name, values)
         text = raw.decode("utf-8", "replace")
         kept = dict(re.findall(r'"(take|audio|generation_id)": "([^"\\]+)"', text))
@@ -1907,35 +1912,32 @@ class Ledger:
         self.seen[kind, name, sign] = media
         return media
 
-    def place(self, file: Path) -> str:
-        """A file's name in the ledger: from the cache's own folder on, as both may be moved."""
-        return os.path.abspath(file).removeprefix(self.home + os.sep)
+    def place(self, clip: Clip) -> str:
+        """A target's name in the ledger: from the cache's own folder on, as both may be moved."""
+        return clip.place.removeprefix(self.home + os.sep)
 
-    def find(self, record: Record, target: Path, *, nearby: bool = False) -> Path | None:
+    def find(self, clip: Clip, *, nearby: bool = False) -> Path | None:
         """Where a take's result lies whole on this disk: at the target, or where it once was; or,
         `nearby`, under any name beside those."""
-        places, seen = record.part("videos"), record.part("seen")
-        digests = {places.text(place) for place in places.values}
-
-        def candidates() -> Iterator[Path]:
-            yield target
-            known = [Path(self.home, place) for place in places.values]
-            yield from known
-            for folder in {file.parent for file in [target, *known]} if nearby else ():
-                yield from folder.glob("*.mp4")
-
-        for file in candidates() if digests else ():
+        places, seen = clip.record.part("videos"), clip.record.part("seen")
+        if not (digests := {places.text(place) for place in places.values}):
+            return None
+        files = {self.place(clip): clip.target}
+        for place in places.values:
+            files.setdefault(place, Path(self.home, place))
+        for folder in {file.parent for file in files.values()} if nearby else ():
+            files |= {str(file): file for file in folder.glob("*.mp4")}
+        for place, file in files.items():
             with contextlib.suppress(OSError, InputError):
-                sign = seen.text(self.place(file))
-                if sign == signature(file) or video_digest(file) in digests:
+                if seen.text(place) == signature(file) or video_digest(file) in digests:
                     return file
         return None
 
-    def keep(self, record: Record, target: Path, **changes: Any) -> None:
-        """Write down that a take's result lies at `target`."""
-        place = self.place(target)
-        videos = {**record.part("videos").values, place: video_digest(target)}
-        seen = {**record.part("seen").values, place: signature(target)}
+    def keep(self, clip: Clip, **changes: Any) -> None:
+        """Write down that a take's result lies at the target."""
+        record, place = clip.record, self.place(clip)
+        videos = {**record.part("videos").values, place: video_digest(clip.target)}
+        seen = {**record.part("seen").values, place: signature(clip.target)}
         record.save(videos=videos, seen=seen, **changes)
 
     def is_ours(self, file: Path) -> bool:
@@ -2003,7 +2005,8 @@ class Download:
         """Begin again from nothing, with a strong ETag or none."""
         self.file.seek(0)
         self.file.truncate()
-        self.clip.record.save(etag="" if etag.startswith("W/") else etag)
+        if (etag := "" if etag.startswith("W/") else etag) != self.clip.record.text("etag"):
+            self.clip.record.save(etag=etag)
 
     def begin(self, response: urllib3.BaseHTTPResponse) -> int:
         """Get ready for an answer's body; the file's length, 0 if unknown. Raises ApiError."""
@@ -2099,7 +2102,7 @@ class Studio:
             with self.blamed(clip):
                 (self.identify_speech if clip.kind == SPEECH else self.identify)(clip)
                 clip.state = self.judge(clip, force=self.force)
-                other = targets.setdefault(os.path.abspath(clip.target), clip)
+                other = targets.setdefault(clip.place, clip)
                 if other is not clip:
                     whose = f"would be the video of {other.name} as well"
                     raise InputError(f"{clip.target} {whose}: rename one")
@@ -2233,7 +2236,7 @@ class Studio:
         elif state == "refused":
             needs = NEW if force or record.flag("transient") else REFUSED
         else:
-            needs = DONE if self.ledger.find(record, clip.target) == clip.target else FETCH
+            needs = DONE if self.ledger.find(clip) is clip.target else FETCH
         if clip.speech and needs in OPEN:
             clip.speech.state = self.judge(clip.speech, force=force)
             if clip.speech.state == DONE:
@@ -2280,7 +2283,7 @@ class Studio:
         # Of a video that old the jobs API replays nothing: to submit its key again would pay.
         is_old = self.api.replays and time.time() - os.stat(target).st_mtime > KEPT_S
         clip.is_doubtful = not known and clip.state != NEW and not is_old
-        place, seen = self.ledger.place(target), clip.record.part("seen")
+        place, seen = self.ledger.place(clip), clip.record.part("seen")
         was = parse_number(seen.text(place).partition(".")[0])
         cut = (was is None or size < was) and is_film(target)
         if clip.is_doubtful or (cut and not whole and place in known):
@@ -2402,7 +2405,7 @@ class Studio:
             elif clip.kind == VIDEO:  # others may be reading a speech just now
                 with contextlib.suppress(OSError, InputError):  # of another user of the group
                     os.utime(clip.target)  # so that make is satisfied
-                    self.ledger.keep(clip.record, clip.target)
+                    self.ledger.keep(clip)
             clip.spent_s = round(time.monotonic() - started, 3)
 
     def decide(self, clip: Clip) -> None:
@@ -2435,8 +2438,8 @@ class Studio:
             raise InputError(f"{busy}; nothing was paid: give this one another --out")
 
         waiting = functools.partial(self.view.state, clip, "waiting", "it is made elsewhere")
-        place = f"target {os.path.abspath(clip.target)}"
-        with self.ledger.own(f"clip {clip.key}", waiting), self.ledger.own(place, refuse):
+        mine = self.ledger.own(f"clip {clip.key}", waiting)
+        with mine, self.ledger.own(f"target {clip.place}", refuse):
             yield
 
     def begin_take(self, clip: Clip) -> None:
@@ -2746,19 +2749,19 @@ class Studio:
     def fetch(self, clip: Clip, url: str) -> None:
         """Bring the result to its place: from this disk if it is there, else from Hedra. A full or
         read-only disk is told as what it is."""
-        target, record = clip.target, clip.record
+        target = clip.target
         self.view.state(clip, "downloading", str(target))
         try:
-            if there := self.ledger.find(record, target):
+            if there := self.ledger.find(clip):
                 copy_file(there, target)
             else:
                 self.download(clip, url)
-            self.ledger.keep(record, target, state="done", etag="")
+            self.ledger.keep(clip, state="done", etag="")
         except HedraError as error:  # StillRunning is an OSError as well
-            if not (there := self.ledger.find(record, target, nearby=True)):
+            if not (there := self.ledger.find(clip, nearby=True)):
                 raise self.gone(clip, error) from error
             copy_file(there, target)
-            self.ledger.keep(record, target)
+            self.ledger.keep(clip)
         except OSError as error:
             text = f"{error.filename or target} cannot be written: {error.strerror}"
             where = f"it is paid for and safe at Hedra [generation {clip.generation_id}]"
@@ -2968,13 +2971,13 @@ def wait_and_download(
     target = Path(out_dir) / ((name or re.sub(r"[^\w.-]", "_", generation_id)) + ".mp4")
     shown = view or open_view(quiet=not (sys.stderr and sys.stderr.isatty()))
     studio = Studio(connect(api_key, environ), shown, interval_s=poll_interval)
-    clip, key = Clip(target.stem, target), digest_of(os.path.abspath(target), generation_id)
-    clip.record = studio.ledger.load("parts", key)
+    clip = Clip(target.stem, target)
+    clip.record = studio.ledger.load("parts", digest_of(clip.place, generation_id))
     clip.record.values |= {"generation_id": generation_id, "state": "submitted"}
     try:
         with told(), studio.http.until(time.monotonic() + timeout):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with studio.ledger.own(f"target {os.path.abspath(target)}", lambda: None):
+            with studio.ledger.own(f"target {clip.place}", lambda: None):
                 studio.collect(clip)
     finally:
         if not hidden(target, generation_id).exists():  # else its ETag is needed to go on
