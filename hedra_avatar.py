@@ -108,7 +108,9 @@ FORCE_AFTER_S = 3600.0  # a take in flight that is younger is taken up by --forc
 KEPT_S = 48 * 3600.0  # so long the jobs API keeps what it has made
 LONGEST_RETRY_AFTER_S = 300.0  # that is waited for where there is no deadline
 MODEL_AGE_S = 3600.0  # then the catalogue is asked again, for the price
-BLOCK_BYTES = 1 << 20
+TICK_S = 0.1  # between two looks at what is late
+BLOCK_BYTES = 1 << 20  # of a download
+PIECE_BYTES = 1 << 16  # of an upload: a slow uplink takes it within the time-out
 ANSWER_BYTES, EVENT_BYTES, VIDEO_BYTES = 16 << 20, 1 << 20, 8 << 30  # none of Hedra's is longer
 PROMPT_BYTES, TEXT_BYTES = 64 << 10, 256 << 10  # of a prompt, of a text to be spoken
 PROGRESS_BYTES = 16 << 10  # a download that gets less in SILENCE_TIMEOUT_S stands still
@@ -680,12 +682,13 @@ def parse_failure(error: Reply, message: str = "") -> tuple[str, bool]:
 def parse_status(reply: Reply) -> Status:
     """A status reply of either API. A word that nobody knows counts as work in progress."""
     state = STATES.get(reply.must(reply.text, "status").lower(), PROCESSING)
-    progress, failure = reply.number("progress"), ("", False)
+    progress, failure, cost = reply.number("progress"), ("", False), reply.number("cost")
     if state == FAILED:
         failure = parse_failure(reply.part("error"), reply.text("error", "error_message"))
     return Status(
         state, None if progress is None else min(1.0, max(0.0, progress)),
-        reply.text("download_url", "url"), reply.text("asset_id"), *failure, reply.number("cost"),
+        reply.text("download_url", "url"), reply.text("asset_id"), *failure,
+        None if (cost or 0) < 0 else cost,
     )
 
 
@@ -785,7 +788,7 @@ def parse_error(status: int, headers: Mapping[str, str], text: str, where: str) 
         # A 5xx is worth another try whatever it says of itself: the document's own example of a
         # 500 says that it is not, and the page of a proxy says nothing.
         retryable=status in (408, 425, 429) or status >= 500 or error.flag("retryable"),
-        names_key="idempotency_key" in f"{words} {error.text('param')}",
+        names_key="idempotency_key" in f"{words} {error.text('param')}" and "already" not in words,
     )
 
 
@@ -1036,26 +1039,81 @@ def faults(where: str, silence_s: float, proxy: str = "", ours: bool = True) -> 
         raise ApiError(text, retryable=True, ambiguous=not unsent, is_of_all=away) from None
 
 
-def bounded(pools: Any) -> Any:
-    """A class of urllib3's pools that waits for the head of an answer no longer than its timeout
-    in all: the socket's own begins anew with every byte."""
-    import socket
+class Limit:
+    """A `with` statement that shuts the socket of `owner` if what is done with it is not over in
+    `seconds`: the socket's own time-out begins anew with every byte. One thread watches them all,
+    as one each would cost more than a small request."""
 
-    def shut(connection: Any) -> None:
-        # Not through TLS, which would wait; TLS in TLS, to a proxy, has a socket inside.
-        inner = getattr(connection.sock, "socket", connection.sock)
+    at_work, busy, start = set["Limit"](), threading.Event(), threading.Lock()
+    watcher = threading.Thread()
+
+    def __init__(self, owner: Any, seconds: float) -> None:
+        self.owner, self.left_s, self.is_over = owner, seconds, False
+
+    def __enter__(self) -> None:
+        self.at_work.add(self)
+        with self.start:
+            if not self.watcher.is_alive():  # nor is it in the child of a fork
+                Limit.watcher = threading.Thread(target=self.watch, daemon=True, name="limits")
+                self.watcher.start()
+        self.busy.set()
+
+    def __exit__(self, *_: object) -> None:
+        from urllib3.exceptions import ProtocolError
+
+        self.at_work.discard(self)
+        if self.is_over:
+            raise ProtocolError("it did not come to its end in time")
+
+    @classmethod
+    def watch(cls) -> None:
+        """In a thread of its own: shut what is late."""
+        tick = threading.Event()
+        while cls.busy.wait():
+            tick.wait(TICK_S)
+            cls.busy.clear()
+            for limit in [*cls.at_work]:
+                cls.busy.set()
+                limit.left_s -= TICK_S
+                if limit.left_s <= 0 and not limit.is_over:
+                    limit.is_over = True
+                    limit.shut()
+
+    def shut(self) -> None:
+        """Not through TLS, which would wait; TLS in TLS, to a proxy, has a socket inside."""
+        import socket
+
+        outer: Any = getattr(self.owner, "sock", None)
+        inner: Any = getattr(outer, "socket", outer)
         with contextlib.suppress(OSError, TypeError):  # TypeError: it is gone
             socket.socket.shutdown(inner, socket.SHUT_RDWR)
 
+
+def bounded(pools: Any, silence_s: float) -> Any:
+    """A class of urllib3's pools whose connections are held to their time-outs in all."""
+    from http.client import HTTPException
+
+    from urllib3.exceptions import ProtocolError, ProxyError
+
     class Bounded(pools.ConnectionCls):  # type: ignore[misc]
-        def getresponse(self) -> Any:
-            timer = threading.Timer(self.timeout, shut, [self])
-            timer.daemon = True
-            timer.start()
+        def connect(self) -> None:
+            with Limit(self, silence_s):
+                super().connect()
+            self.sock.settimeout(silence_s)  # not that of connecting: an uplink may be slow
+
+        def _tunnel(self) -> None:
             try:
-                return super().getresponse()
-            finally:
-                timer.cancel()
+                with Limit(self, self.timeout):
+                    super()._tunnel()
+            except (OSError, HTTPException, ProtocolError) as error:
+                raise ProxyError("no way through it", error) from error
+
+        def getresponse(self) -> Any:
+            line = self.sock
+            with Limit(self, self.timeout):
+                response = super().getresponse()
+            response.sock = line  # a connection that closes afterwards forgets it
+            return response
 
     return type("Pool", (pools,), {"ConnectionCls": Bounded})
 
@@ -1136,7 +1194,9 @@ class Transport:
                 text = f"the proxy {proxy or 'of HTTPS_PROXY'} is no http or https address"
                 raise InputError(text) from None
             kinds = pool.pool_classes_by_scheme.items()
-            pool.pool_classes_by_scheme = {scheme: bounded(pools) for scheme, pools in kinds}
+            pool.pool_classes_by_scheme = {
+                scheme: bounded(pools, self.account.silence_s) for scheme, pools in kinds
+            }
             self.pools[named] = pool, proxy
         return self.pools[named]
 
@@ -1166,6 +1226,7 @@ class Transport:
         """One request to the API, with the key; raises ApiError for any answer but 2xx."""
         key, where = self.account.key, f"{method} {path}".split("?")[0]
         mine = {"Authorization": f"Bearer {key}"} if ":" in key else {"X-API-Key": key}
+        self.sleep(0.0)  # raises where the time is over
         while (wait_s := self.pace.turn()) > 0:
             self.sleep(wait_s)
         headers = {"Accept": "application/json", **mine, **headers}
@@ -1177,10 +1238,13 @@ class Transport:
             text = self.text(response, where)
         raise parse_error(response.status, response.headers, text, where)
 
-    def blocks(self, response: urllib3.BaseHTTPResponse, where: str) -> Iterator[bytes]:
-        """The body of an answer as it arrives; the connection goes back to the pool at its end."""
+    def blocks(
+        self, response: urllib3.BaseHTTPResponse, where: str, limit_s: float
+    ) -> Iterator[bytes]:
+        """The body of an answer as it arrives, and within `limit_s` in all; the connection goes
+        back to the pool at its end."""
         try:
-            with faults(where, self.account.silence_s):
+            with faults(where, self.account.silence_s), Limit(response, limit_s):
                 while block := response.read1(BLOCK_BYTES, decode_content=False):
                     self.count("bytes_down", len(block))
                     yield block
@@ -1189,13 +1253,12 @@ class Transport:
 
     def text(self, response: urllib3.BaseHTTPResponse, where: str) -> str:
         """The whole body, without the key should the server echo it; raises ApiError."""
-        body, until = bytearray(), time.monotonic() + self.account.silence_s
-        for block in self.blocks(response, where):
+        body = bytearray()
+        for block in self.blocks(response, where, self.account.silence_s):
             body += block
-            if (size := len(body)) > ANSWER_BYTES or time.monotonic() > until:
-                what = "is too long" if size > ANSWER_BYTES else "does not come to its end"
-                text = f"Hedra's answer to {where} {what}: {size:,} bytes so far; {LATER}"
-                raise ApiError(text, ambiguous=True, retryable=size <= ANSWER_BYTES)
+            if (size := len(body)) > ANSWER_BYTES:
+                text = f"Hedra's answer to {where} is too long: {size:,} bytes so far; {LATER}"
+                raise ApiError(text, ambiguous=True)
         text = body.decode("utf-8", "replace")
         for secret in (self.account.key, self.account.key.partition(":")[2]):
             text = text.replace(secret, "[key]") if len(secret) > 3 else text
@@ -1253,7 +1316,7 @@ class Transport:
                 advance(-sent)
                 sent = stream.seek(0)
                 yield opening.encode()
-                while block := stream.read(min(BLOCK_BYTES, size - sent)):
+                while block := stream.read(min(PIECE_BYTES, size - sent)):
                     yield block
                     sent += len(block)
                     self.count("bytes_up", len(block))
@@ -1426,6 +1489,8 @@ class WebApi:
         for row in self.iter_rows(type="text_to_speech" if speech else "video", **query):
             made = row.part("input")
             said = made.text("text") == clip.prompt and made.text("voice_id") == clip.voice
+            said &= STATES.get(row.text("status").lower()) != FAILED  # of another take
+            said &= not clip.model.slug or made.text("model_slug") in ("", clip.model.slug)
             if said if speech else clip.record.text("audio") in made.texts("audio_id"):
                 return row.text("id")
         return ""
@@ -1621,13 +1686,13 @@ class JobsApi:
         headers |= {"Last-Event-Id": last_id} if last_id else {}
         first_s = min(FIRST_FRAME_S, silence_s, max(0.1, self.http.left_s()))
         due, begun = time.monotonic() + first_s, False
-        response = self.http.open("GET", path, headers, silence_s=first_s)
-        socket = getattr(response.connection, "sock", None)
-        for block in self.http.blocks(response, f"GET {path}"):
+        response: Any = self.http.open("GET", path, headers, silence_s=first_s)
+        for block in self.http.blocks(response, f"GET {path}", self.http.left_s()):
             self.http.sleep(0.0)  # raises where the time is over
             begun = begun or b"\ndata:" in block
-            if begun and socket:
-                socket.settimeout(min(silence_s, max(0.1, self.http.left_s())))
+            if begun:
+                with contextlib.suppress(OSError, AttributeError):  # that was its last block
+                    response.sock.settimeout(min(silence_s, max(0.1, self.http.left_s())))
             elif time.monotonic() > due:
                 return
             yield block
@@ -1692,7 +1757,7 @@ def api_for(http: Transport) -> Api:
 
 # ---- progress: View, open_view ------------------------------------------------------------------
 
-TICK_S = 0.25
+FRAME_S = 0.25  # between two drawings
 
 
 def written(stream: Any, text: str) -> bool:
@@ -1806,7 +1871,7 @@ class View:
 
     def tick(self) -> None:
         """In a thread of its own: keep the clocks going until the view is closed."""
-        while not self.closed.wait(TICK_S):
+        while not self.closed.wait(FRAME_S):
             with self.lock:
                 self.draw()
 
@@ -1839,7 +1904,7 @@ class Ledger:
 
     def __init__(self, folder: Path, sleep: Sleep, say: Callable[[str], object]) -> None:
         self.folder, self.sleep, self.say = Path(os.path.abspath(folder)), sleep, say
-        self.home = str(self.folder.parent)
+        self.home, self.speeches = str(self.folder.parent), self.folder / "speeches"
         self.seen: dict[tuple[str, str, str], Media] = {}
 
     def load(self, kind: str, key: str, *, owned: bool = False) -> Record:
@@ -1857,7 +1922,8 @@ class Ledger:
         text = raw.decode("utf-8", "replace")
         kept = dict(re.findall(r'"(take|audio|generation_id)": "([^"\\]+)"', text))
         takes = re.findall(r'"([0-9a-f]{16})"', text.partition('"takes": [')[2].partition("]")[0])
-        record = Record(name, {**kept, "takes": takes, "state": "intent"})
+        state = "submitted" if "generation_id" in kept else "intent"
+        record = Record(name, {**kept, "takes": takes, "state": state})
         if owned:
             aside = record.path.with_name(f"{key}.damaged-{time.time_ns()}")
             self.say(f"warning: {name} is damaged, set aside as {aside.name}; Hedra is asked")
@@ -2029,7 +2095,7 @@ class Download:
     def receive(self, response: urllib3.BaseHTTPResponse, total: int) -> None:
         """Append a body; raises ApiError if it stands still or has no end, StillRunning if late."""
         since, mark = time.monotonic(), self.file.tell()
-        for block in self.http.blocks(response, "the download"):
+        for block in self.http.blocks(response, "the download", self.http.left_s()):
             self.file.write(block)
             self.view.move(self.clip, len(block), total)
             if (size := self.file.tell()) >= mark + PROGRESS_BYTES:
@@ -2073,7 +2139,6 @@ class Studio:
     make, settle."""
 
     deadline = math.inf  # of a command that makes one clip
-    cap: float | None = None  # of --max-credits
     balance: Balance | None = None
     broke: OutOfCredits | None = None
     spent = 0.0
@@ -2081,8 +2146,9 @@ class Studio:
     def __init__(
         self, api: Api, view: View, *, model: str = "", speech_model: str = "",
         timeout_s: float = 1800.0, interval_s: float = 5.0, force: bool = False,
+        cap: float | None = None,
     ) -> None:
-        self.api, self.http, self.view, self.force = api, api.http, view, force
+        self.api, self.http, self.view, self.force, self.cap = api, api.http, view, force, cap
         self.account, self.timeout_s, self.interval_s = api.http.account, timeout_s, interval_s
         self.ledger = Ledger(self.account.cache, self.http.sleep, view.say)
         self.asked = {VIDEO: model, SPEECH: speech_model}
@@ -2161,7 +2227,7 @@ class Studio:
         clip.voice = self.voice(clip.voice)
         clip.key = digest_of("speech", clip.prompt, clip.voice, model, self.account.id)
         if not clip.target.name:
-            clip.target = self.ledger.folder / "speeches" / f"{clip.key}.audio"
+            clip.target = self.ledger.speeches / f"{clip.key}.audio"
 
     @property
     def voice_names(self) -> Record:
@@ -2275,7 +2341,8 @@ class Studio:
         inputs = [file for file in (clip.audio, clip.image) if file.name and file.exists()]
         if any(target.samefile(file) for file in inputs):
             raise InputError(f"{target} is an input: the video needs a name of its own")
-        if not (size := os.stat(target).st_size):
+        kept = clip.kind == SPEECH and target.parent == self.ledger.speeches
+        if kept or not (size := os.stat(target).st_size):
             return
         known, whole = clip.record.part("videos").values, bool(inspect_film(target, clip.kind))
         if whole and (self.force or self.ledger.is_ours(target)):
@@ -2319,7 +2386,8 @@ class Studio:
 
     def price(self, part: Clip) -> float | None:
         """The price of a video or a speech; raises InputError for what its model cannot do."""
-        part.model = self.model(self.asked[part.kind], kind=part.kind, max_age_s=MODEL_AGE_S)
+        age_s = MODEL_AGE_S if self.cap is None else 0.0  # a cap is a promise: today's price
+        part.model = self.model(self.asked[part.kind], kind=part.kind, max_age_s=age_s)
         model, name, seconds = part.model, part.model.name or part.model.id, part.seconds
         for wish, offered, flag in (
             (part.resolution, model.resolutions, "--resolution"),
@@ -2352,16 +2420,15 @@ class Studio:
             self.unread[what] = time.monotonic() + 60.0 * error.retryable
             return None
 
-    def afford(self, clips: Sequence[Clip], cap: float | None = None) -> None:
+    def afford(self, clips: Sequence[Clip]) -> None:
         """Raise OutOfCredits where the clips cost more than the balance or the cap, InputError
         where a cap is set and a price is not known. Nothing has been uploaded by then. The cap
         counts an estimate with a fifth on top."""
-        wanted, unit = [clip for clip in clips if clip.state in OPEN], self.api.unit
+        wanted, unit, cap = [clip for clip in clips if clip.state in OPEN], self.api.unit, self.cap
         self.tell_unknown(wanted, cap)
         parts = open_parts(wanted)
         guessed = sum(part.price or 0 for part in parts if part.is_estimate)
         high = round(sum(part.price or 0 for part in parts) + guessed / 5, 6)
-        self.cap = cap
         if cap is not None and high > cap:
             guess = " (with a fifth on top of guesses)" * any(c.is_estimate for c in wanted)
             text = f"to make: {len(wanted)}, for about {amount(high, unit)}{guess}; --max-credits"
@@ -2422,7 +2489,9 @@ class Studio:
             )
         unsent = clip.record.text("state") in ("", NEW, "intent")
         doubtful, found = clip.state == DOUBT, clip.found if unsent else ""
-        if found := found or (self.look(clip) if doubtful else ""):
+        if not found and doubtful and not (found := self.look(clip)):
+            self.http.sleep(0.0)  # a look that the deadline cut short has found out nothing
+        if found:
             self.accept(clip, found, paid=False)
             clip.state = FLIGHT
             if self.force and not doubtful and clip.kind == VIDEO:
@@ -2566,12 +2635,13 @@ class Studio:
                 if error.ambiguous and (found := self.look(clip)):
                     return found, lost  # else it was there before this submit
                 if not error.ambiguous and not lost:
-                    clip.record.save(state=NEW)
+                    if clip.state != DOUBT or not self.api.replays:  # else it may be paid already
+                        clip.record.save(state=NEW)
                     if clip.state != DOUBT and "nothing was paid" not in str(error):
                         error.add(f"nothing was paid for the {clip.kind}")
                 if not renewed and (renewed := self.renew(clip, error)):
                     continue
-                faults += 1
+                faults += error.status != 429  # which is waited for, whoever says it
                 again = (error.retryable or error.ambiguous) and faults < SUBMIT_TRIES
                 wait_s = error.retry_after or backoff_s(faults, 0.5, cap=8.0)
                 if not again or wait_s > self.http.longest_s():
@@ -3188,7 +3258,7 @@ class Command:
         return Studio(
             api_for(http), self.view, model=setting(self.environ, "HEDRA_MODEL_ID"),
             speech_model=args.speech_model, timeout_s=args.timeout, interval_s=args.poll_interval,
-            force=args.force,
+            force=args.force, cap=args.max_credits,
         )
 
     def batch(self, clips: Sequence[Clip]) -> int:
@@ -3204,10 +3274,10 @@ class Command:
             if args.dry_run:
                 return self.show_plan(clips)
             try:
-                studio.afford(clips, args.max_credits)
-            except HedraError as error:
-                self.refuse(clips, error)
-                raise
+                studio.afford(clips)
+            except HedraError as error:  # what is paid already is made all the same
+                for clip in clips:
+                    clip.error = clip.error or (error if clip.state in OPEN else None)
         if alone:
             studio.deadline = deadline
         else:
@@ -3223,13 +3293,6 @@ class Command:
         self.settle(clips)
         self.view.close()
         return self.tell_end(clips)
-
-    def refuse(self, clips: Sequence[Clip], error: HedraError) -> None:
-        """Nothing is made, for want of funds. That is told once, by main; here what else fails."""
-        self.tell_end(clips)
-        for clip in clips:
-            clip.error = clip.error or (error if clip.state != DONE else None)
-        self.settle(clips)
 
     def show_plan(self, clips: Sequence[Clip]) -> int:
         """The answer to --dry-run; the exit status."""
@@ -3295,9 +3358,12 @@ class Command:
         if self.studio.broke and unsent:
             missing = amount(total(clip.due for clip in unsent), unit)
             complain(f"out of funds; clips not sent: {len(unsent)}, they need about {missing}")
+        whose: dict[Exception, list[str]] = {}  # one that stops several is told once, and last
         for clip, error in failed:
+            whose.setdefault(error, []).append(clip.name)
+        for error, names in sorted(whose.items(), key=lambda item: len(item[1])):
             tell_traceback(self.args, self.view, error)
-            complain(f"{clip.name}: {explain(error)}")
+            complain(f"{names[0] if len(names) == 1 else f'{len(names)} clips'}: {explain(error)}")
         return int(bool(failed))
 
 
@@ -3578,6 +3644,7 @@ def show_spent(ledger: Ledger, view: View, *, as_json: bool) -> int:
 def cmd_credits(command: Command) -> int:
     """The balance, or what was spent."""
     args, view = command.args, command.view
+    DEADLINE.set(time.monotonic() + LONGEST_RETRY_AFTER_S)
     if args.spent:
         folder = Path(os.path.expanduser(setting(command.environ, "HEDRA_CACHE_DIR", ".cache")))
         return show_spent(Ledger(folder, time.sleep, view.say), view, as_json=args.json)
@@ -3593,6 +3660,7 @@ def cmd_credits(command: Command) -> int:
 def cmd_voices(command: Command) -> int:
     """Who can speak."""
     args = command.args
+    DEADLINE.set(time.monotonic() + LONGEST_RETRY_AFTER_S)
     for voice in get_voices(command.key, speech_model=args.speech_model, environ=command.environ):
         labels = ", ".join(voice.labels.values())
         line = f"{printable(voice.name):24}  {printable(labels):40}  {printable(voice.id)}"
