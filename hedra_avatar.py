@@ -1904,7 +1904,8 @@ class Ledger:
 
     def __init__(self, folder: Path, sleep: Sleep, say: Callable[[str], object]) -> None:
         self.folder, self.sleep, self.say = Path(os.path.abspath(folder)), sleep, say
-        self.home, self.speeches = str(self.folder.parent), self.folder / "speeches"
+        self.home = str(self.folder.parent)
+        self.speeches, self.kept = self.folder / "speeches", self.folder / "kept"
         self.seen: dict[tuple[str, str, str], Media] = {}
 
     def load(self, kind: str, key: str, *, owned: bool = False) -> Record:
@@ -1993,6 +1994,7 @@ class Ledger:
             files.setdefault(place, Path(self.home, place))
         for folder in {file.parent for file in files.values()} if nearby else ():
             files |= {str(file): file for file in folder.glob("*.mp4")}
+        files |= {digest: self.kept / f"{digest}.mp4" for digest in digests}
         for place, file in files.items():
             with contextlib.suppress(OSError, InputError):
                 if seen.text(place) == signature(file) or video_digest(file) in digests:
@@ -2006,18 +2008,34 @@ class Ledger:
         seen = {**record.part("seen").values, place: signature(clip.target)}
         record.save(videos=videos, seen=seen, **changes)
 
-    def is_ours(self, file: Path) -> bool:
-        """Whether a file is the result of any take."""
-        digest = video_digest(file).encode()
-        folder = self.folder / "clips"
-        return any(digest in (folder / f"{key}.json").read_bytes() for key in self.clips())
+    def is_ours(self, digest: str) -> bool:
+        """Whether a file of that digest is the result of any take."""
+        folder, mark = self.folder / "clips", digest.encode()
+        return any(mark in (folder / f"{key}.json").read_bytes() for key in self.clips())
+
+    def spare(self, clip: Clip) -> Path | None:
+        """Keep what lies at a target, and is about to be replaced, where it is the result of
+        another take: it may be the only copy. Where it is kept."""
+        with contextlib.suppress(FileNotFoundError, InputError):
+            digest = video_digest(clip.target)
+            if digest not in clip.record.part("videos").values.values() and self.is_ours(digest):
+                kept = self.kept / f"{digest}.mp4"
+                self.kept.mkdir(exist_ok=True)
+                with contextlib.suppress(FileExistsError):
+                    try:
+                        os.link(clip.target, kept)
+                    except OSError:  # on another disk
+                        if not kept.exists():
+                            shutil.copyfile(clip.target, kept)
+                return kept
+        return None
 
     def clips(self) -> list[str]:
         """The keys of the records of all takes."""
-        import glob
-
-        names = sorted(glob.glob("*.json", root_dir=self.folder / "clips"))
-        return [name.removesuffix(".json") for name in names]
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder / "clips") as found:
+            names = [entry.name for entry in found if entry.is_file()]
+            return sorted(name[:-5] for name in names if name.endswith(".json") and name[0] != ".")
+        return []
 
 
 # ---- downloading: hidden, Download --------------------------------------------------------------
@@ -2345,7 +2363,7 @@ class Studio:
         if kept or not (size := os.stat(target).st_size):
             return
         known, whole = clip.record.part("videos").values, bool(inspect_film(target, clip.kind))
-        if whole and (self.force or self.ledger.is_ours(target)):
+        if whole and (self.force or self.ledger.is_ours(video_digest(target))):
             return
         # Of a video that old the jobs API replays nothing: to submit its key again would pay.
         is_old = self.api.replays and time.time() - os.stat(target).st_mtime > KEPT_S
@@ -2822,15 +2840,14 @@ class Studio:
         target = clip.target
         self.view.state(clip, "downloading", str(target))
         try:
-            if there := self.ledger.find(clip):
-                copy_file(there, target)
-            else:
+            if kept := self.ledger.spare(clip):
+                self.view.say(f"{target} held another take's video, which is now {kept}")
+            if not self.copy(clip):
                 self.download(clip, url)
             self.ledger.keep(clip, state="done", etag="")
         except HedraError as error:  # StillRunning is an OSError as well
-            if not (there := self.ledger.find(clip, nearby=True)):
+            if not self.copy(clip, nearby=True):
                 raise self.gone(clip, error) from error
-            copy_file(there, target)
             self.ledger.keep(clip)
         except OSError as error:
             text = f"{error.filename or target} cannot be written: {error.strerror}"
@@ -2839,6 +2856,21 @@ class Studio:
             raise HedraError(f"{text}; {where}: {how}") from error
         if clip.warning:
             self.view.say(f"warning: {clip.name}: {clip.warning}")
+
+    def copy(self, clip: Clip, *, nearby: bool = False) -> bool:
+        """Copy the result from where it lies on this disk: whole and synced, or not at all."""
+        part, digests = hidden(clip.target, "copy"), clip.record.part("videos").values.values()
+        while there := self.ledger.find(clip, nearby=nearby):
+            try:
+                if there is clip.target:
+                    return True
+                shutil.copyfile(there, part)
+                if video_digest(part) in digests:  # else another clip has just come to that place
+                    publish(part, clip.target)
+                    return True
+            finally:
+                part.unlink(missing_ok=True)
+        return False
 
     def download(self, clip: Clip, url: str) -> None:
         """Download the result, and say what is odd about it. [Videos have come without a sound
@@ -2879,18 +2911,6 @@ class Studio:
                 if cost is not None and cost >= 0:
                     part.billed = cost
                     part.record.save(billed=cost)
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a video that lies elsewhere on this disk: whole and synced, or not at all."""
-    if source == target:
-        return
-    part = hidden(target, "copy")
-    try:
-        shutil.copyfile(source, part)
-        publish(part, target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # ---- library: make_video, make_speech; step by step: create_asset, upload_asset, upload, ... -----
