@@ -1110,8 +1110,11 @@ def bounded(pools: Any, silence_s: float) -> Any:
 
         def getresponse(self) -> Any:
             line = self.sock
-            with Limit(self, self.timeout):
-                response = super().getresponse()
+            with contextlib.ExitStack() as late:
+                with Limit(self, self.timeout):
+                    response = super().getresponse()
+                    late.callback(response.close)
+                late.pop_all()
             response.sock = line  # a connection that closes afterwards forgets it
             return response
 
@@ -2159,6 +2162,7 @@ class Studio:
     deadline = math.inf  # of a command that makes one clip
     balance: Balance | None = None
     broke: OutOfCredits | None = None
+    sent_at = math.inf  # the submit that has no answer yet
     spent = 0.0
 
     def __init__(
@@ -2678,34 +2682,57 @@ class Studio:
             DEADLINE.set(min(self.deadline, time.monotonic() + self.timeout_s))
         self.http.sleep(0.0)
 
-    def submit_in_turn(self, clip: Clip) -> str:
-        """One submit; raises ApiError. One clip at a time, so that who is refused by a limit of
-        the account keeps its turn, and takes the place of a generation that has ended."""
-        http, refusals = self.http, 0
-        while not self.turn.acquire(timeout=0.2):
-            self.be_patient()
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[bool]:
+        """One clip at a time, so that who is refused by a limit of the account takes the place of
+        a generation that has ended; but nobody waits behind a submit that gets no answer (False:
+        it was not waited for)."""
+        mine = False
+        while not mine and time.monotonic() - self.sent_at < 2.0:
+            if not (mine := self.turn.acquire(timeout=0.2)):
+                self.be_patient()
         try:
-            while True:
-                running = {*http.waiting}
-                try:
-                    return self.api.submit(clip)
-                except RateLimited as error:
-                    if error.ambiguous or (error.retry_after or 0.0) >= http.longest_s():
-                        raise
-                    refusals += 1
-                    self.view.state(clip, "waiting for a place", error.words)
-                    http.count("retries")
-                    of_rate = re.search(r"\brate\b|\brequests\b", error.words.lower())
-                    if of_rate or not http.waiting:  # alone, and refused: it is the rate
-                        http.pace.refused(error)
-                    else:
-                        wait_s = error.retry_after or backoff_s(refusals, 1.0, cap=8.0)
-                        until = time.monotonic() + wait_s
-                        while running <= http.waiting and time.monotonic() < until:
-                            http.sleep(0.1)
-                    self.be_patient()
+            yield mine
         finally:
-            self.turn.release()
+            if mine:
+                self.turn.release()
+
+    def submit_in_turn(self, clip: Clip) -> str:
+        """One submit; raises ApiError. Who is refused tries again a few times before others do, as
+        the refusal may be of this clip alone."""
+        http, refusals = self.http, 0
+        while True:
+            with self.in_turn() as mine:
+                for _ in range(3):
+                    running = {*http.waiting}
+                    if mine:
+                        self.sent_at = time.monotonic()
+                    try:
+                        return self.api.submit(clip)
+                    except RateLimited as error:
+                        if error.ambiguous or (error.retry_after or 0.0) >= http.longest_s():
+                            raise
+                        refusals, refusal = refusals + 1, error
+                    finally:
+                        if mine:
+                            self.sent_at = math.inf
+                    self.await_place(clip, refusal, running, refusals)
+            http.sleep(0.3)
+
+    def await_place(
+        self, clip: Clip, error: RateLimited, running: set[str], refusals: int
+    ) -> None:
+        """Wait after a refusal: until it is over, or one of the generations that ran has ended."""
+        http = self.http
+        self.view.state(clip, "waiting for a place", error.words)
+        http.count("retries")
+        if re.search(r"\brate\b|\brequests\b", error.words.lower()) or not http.waiting:
+            http.pace.refused(error)  # alone, and refused: it is the rate
+        else:
+            until = time.monotonic() + (error.retry_after or backoff_s(refusals, 1.0, cap=8.0))
+            while running <= http.waiting and time.monotonic() < until:
+                http.sleep(0.1)
+        self.be_patient()
 
     def renew(self, clip: Clip, error: ApiError) -> bool:
         """Whether a refusal may be of files, or of a model, that were there before and are worth
