@@ -313,7 +313,7 @@ LIMITS = {
 MIN_SECONDS, MAX_SECONDS = 0.5, 600
 SIGNATURES = {  # of the first bytes
     "image/png": rb"\x89PNG\r\n\x1a\n", "image/jpeg": rb"\xff\xd8\xff",
-    "image/webp": rb"RIFF....WEBP", "audio/wav": rb"(RIFF|RF64)....WAVE",
+    "image/webp": rb"RIFF....WEBP", "audio/wav": rb"(RIFF|RF64|BW64)....WAVE",
     "audio/aiff": rb"FORM....AIF[FC]", "audio/flac": rb"fLaC", "audio/ogg": rb"OggS",
     "audio/mp4": rb"....ftyp(M4[ABV] |mp4[12]|iso[m2-9]|dash|avc1|3g[p2].|MSNV|qt  )",
     # A tag, or a frame: sync, MPEG 1, 2 or 2.5, layer III, a bit rate and a sampling rate.
@@ -408,6 +408,9 @@ def is_whole(data: bytes, content_type: str, size: int) -> bool:
     if content_type == "image/jpeg":
         at = 2  # from segment to segment: a preview, or a film behind it, has an end of its own
         while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in (b"\xda", b""):
+            if data[at + 1] == 0xFF:  # a filler
+                at += 1
+                continue
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
         return data.find(b"\xff\xd9", at) > 0
     if content_type in ("image/webp", "audio/aiff"):
@@ -1777,12 +1780,12 @@ def complain(text: str) -> None:
     written(sys.stderr, f"hedra_avatar: {printable(text)}\n")
 
 
-def screen_size() -> os.terminal_size:
-    """Columns and lines of the terminal that stderr is; no columns where nothing can move."""
-    if not (sys.stderr and sys.stderr.isatty()) or os.environ.get("TERM") == "dumb":
+def screen_size(stream: Any) -> os.terminal_size:
+    """Columns and lines of the terminal that a stream is; no columns where nothing can move."""
+    if not (stream and stream.isatty()) or os.environ.get("TERM") == "dumb":
         return os.terminal_size((0, 0))
     with contextlib.suppress(OSError, ValueError):
-        return os.get_terminal_size(sys.stderr.fileno())
+        return os.get_terminal_size(stream.fileno())
     return os.terminal_size((80, 24))
 
 
@@ -1810,10 +1813,10 @@ class View:
             self.draw()
             return done
 
-    def say(self, text: str) -> None:
-        """A line that stays."""
+    def say(self, text: str, *, always: bool = False) -> None:
+        """A line that stays, `always` also where only errors are wanted."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S ") if self.where == "log" else ""
-        if self.where:
+        if self.where or always:
             self.over(sys.stderr, f"{stamp}{printable(text)}\n")
 
     def result(self, text: str) -> None:
@@ -1859,7 +1862,7 @@ class View:
         """Draw the moving lines, as many as fit, or take them off the terminal."""
         if self.where != "terminal" or self.closed.is_set():
             return
-        (columns, room), lines, batch = screen_size(), [*self.lines.items()], self.batch
+        (columns, room), lines, batch = screen_size(sys.stderr), [*self.lines.items()], self.batch
         if self.clips:
             failures = f"{self.failed} failed" * bool(self.failed)
             batch.note = ", ".join(word for word in (self.spent, failures) if word)
@@ -1887,7 +1890,8 @@ class View:
 
 def open_view(quiet: bool = False, verbose: bool = False) -> View:
     """Moving lines on a terminal, plain ones in a log, nothing where nothing is wanted."""
-    return View() if quiet else View("terminal" if screen_size().columns else "log", verbose)
+    where: Literal["log", "terminal"] = "terminal" if screen_size(sys.stderr).columns else "log"
+    return View() if quiet else View(where, verbose)
 
 
 # ---- ledger: Ledger -----------------------------------------------------------------------------
@@ -2319,7 +2323,7 @@ class Studio:
         elif state == "submitted":
             age_s = time.time() - (record.number("submitted_at") or 0.0)
             needs = NEW if forced and age_s > FORCE_AFTER_S else FLIGHT
-        elif forced or state in ("", NEW):
+        elif forced or state in ("", NEW) or (force and record.flag("lost")):
             needs = NEW
         elif state == "refused":
             needs = NEW if force or record.flag("transient") else REFUSED
@@ -2743,7 +2747,9 @@ class Studio:
         if clip.kind == SPEECH:  # its voice may have been made anew: the next run looks again
             self.voice_names.path.unlink(missing_ok=True)
             return False
-        if "model" in words and not self.asked[VIDEO] and not self.api.replays:
+        if "model" in words and not re.search("asset|image|audio|keyframe|file", words):
+            if self.asked[VIDEO] or self.api.replays:
+                return False
             self.model.cache_clear()
             (self.account.cache / "model_id").unlink(missing_ok=True)
         elif not re.search("asset|image|audio|keyframe|file|expired|not.?found", words):
@@ -2855,8 +2861,7 @@ class Studio:
             return error
         if error.code == "EXPIRED" or (delivered and error.status == 404):
             error.add("it is neither at Hedra nor on this disk: --force pays for a new take")
-            if clip.kind == SPEECH:
-                clip.record.save(state="refused", reason=str(error))
+            clip.record.save(lost=clip.kind == SPEECH)
         elif error.status == 404 and not error.ambiguous:
             error.add(LATER)
         return error
@@ -2963,6 +2968,10 @@ def check_wishes(prompt: str, settings: Mapping[str, Any] | None) -> None:
         raise InputError("the prompt is blank: say in a few words what the person does")
     if found := [name for name in settings or () if name in OUR_FIELDS]:
         raise InputError(f"{found[0]!r} has a parameter of its own, or is not free")
+    try:
+        json.dumps(settings, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the settings are no JSON: {error}") from None
 
 
 @contextlib.contextmanager
@@ -3019,17 +3028,21 @@ def make_video(
 
 def make_speech(
     text: str, voice: str, out: Path, api_key: str, *, speech_model: str = "",
-    timeout: float = 1800, poll_interval: float = 5.0, view: View | None = None,
-    environ: Environ = None,
+    force: bool = False, timeout: float = 1800, poll_interval: float = 5.0,
+    view: View | None = None, environ: Environ = None,
 ) -> Path:
     """A text spoken by a voice (its name or id), as a recording at `out`: a wav, mp3 or whatever
-    Hedra makes. Paid once, as a video is; raises the same errors as make_video."""
+    Hedra makes. Paid once, as a video is, and kept in the cache, too; `force` makes one anew that
+    was refused or is lost. Raises the same errors as make_video."""
     studio = Studio(
         connect(api_key, environ), view or View(), speech_model=speech_model, timeout_s=timeout,
-        interval_s=poll_interval,
+        interval_s=poll_interval, force=force,
     )
-    speech = Clip(Path(out).stem, Path(out), prompt=text.strip(), kind=SPEECH, voice=voice.strip())
-    return make_one(studio, speech)
+    for target in (Path(out), Path()):  # the second, from the first, in the cache
+        speech = Clip(Path(out).stem, target, prompt=text.strip(), kind=SPEECH)
+        speech.voice = voice.strip()
+        make_one(studio, speech)
+    return Path(out)
 
 
 def create_asset(name: str, kind: Kind, api_key: str, *, environ: Environ = None) -> str:
@@ -3075,7 +3088,12 @@ def start_generation(
         model=known if api.replays or name in (known.id, known.slug) else Model(name),
     )
     clip.record.values |= {"image": image_id, "audio": audio_id}
-    return api.submit(clip)
+    try:
+        return api.submit(clip)
+    except ApiError as error:
+        if error.status != 409 or not generation_id or api.replays:
+            raise
+        return generation_id  # it has been started before
 
 
 def wait_and_download(
@@ -3245,9 +3263,14 @@ def table(clips: Sequence[Clip], left: str, unit: str, columns: int) -> str:
     seconds = f"{sum(clip.seconds or 0 for clip in new):.1f}"
     due = amount(total(part.price for part in open_parts(clips)), "").strip()
     rows.append(("total", seconds, due, f"{len(new)} new; balance: {left}"))
-    width = max(5, min(max(len(row[0]) for row in rows), columns - 36))
-    cut = [(n if len(n) <= width else f"{n[: width - 1]}…", *others) for n, *others in rows]
-    return "\n".join(f"{n:{width}}  {s:>8}  {price:>10}  {state}" for n, s, price, state in cut)
+    width = max(5, min(max(len(row[0]) for row in rows), columns - 24 - len(rows[-1][3])))
+    trim, cells = need("tqdm.utils").disp_trim, need("tqdm.utils").disp_len
+    lines = []
+    for name, *others in rows:
+        name = name if cells(name) <= width else f"{trim(name, width - 1)}…"
+        line = "{}  {:>8}  {:>10}  {}".format(name + " " * (width - cells(name)), *others)
+        lines.append(trim(line, columns))
+    return "\n".join(lines)
 
 
 def as_json(clip: Clip, unit: str | None) -> str:
@@ -3297,6 +3320,7 @@ class Command:
     def __init__(self, args: argparse.Namespace, environ: Mapping[str, str], view: View) -> None:
         self.args, self.environ, self.view, self.stop = args, environ, view, threading.Event()
         self.key = setting(environ, "HEDRA_API_KEY")
+        self.untold: list[Clip] = []  # of a batch: their results have not been printed
 
     @functools.cached_property
     def studio(self) -> Studio:
@@ -3311,6 +3335,7 @@ class Command:
     def batch(self, clips: Sequence[Clip]) -> int:
         """Plan, afford, make, report; the exit status. With --dry-run only the plan is shown."""
         studio, args, deadline = self.studio, self.args, time.monotonic() + self.args.timeout
+        self.untold += () if args.dry_run else clips
         alone = args.command == "run"  # as make runs it, which wants a new time whatever the reason
         with studio.http.until(deadline):
             start = Clip(args.command, Path())
@@ -3354,7 +3379,7 @@ class Command:
                 "balance": balance and balance.remaining,
             }))
         if not self.args.json:
-            columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
+            columns = screen_size(sys.stdout).columns or 1000
             left = amount(balance.remaining, balance.unit) if balance else "?"
             self.view.result(table(clips, left, unit, columns))
         return self.tell_end(clips)
@@ -3391,16 +3416,27 @@ class Command:
     def settle(self, clips: Sequence[Clip]) -> None:
         """What Hedra has billed, and the results that waited for it."""
         self.studio.settle(clips)
+        self.untold.clear()
         for clip in clips if self.args.json else ():
             self.view.result(as_json(clip, self.studio.api.unit))
+
+    def tell_rest(self, error: Exception) -> None:
+        """The results of a batch that was stopped, and what became of the others."""
+        for clip in self.untold:
+            if not clip.error and not clip.spent_s and clip.state != DONE:
+                clip.error = error
+            self.view.results += written(sys.stdout, f"{as_json(clip, self.studio.api.unit)}\n")
 
     def tell_end(self, clips: Sequence[Clip]) -> int:
         """Say what a batch has cost and, last, what failed; the exit status."""
         unit, failed = self.studio.api.unit, [(clip, clip.error) for clip in clips if clip.error]
-        bills = [bill for clip in clips if (bill := clip.bill())[0]]
-        if bills and self.view.clips:
-            quoted, billed = (amount(total(bill[n] for bill in bills), unit) for n in (1, 2))
-            self.view.say(f"quoted {quoted.removesuffix(f' {unit}')}, billed {billed}")
+        paid = [part for clip in clips for part in clip.parts if part.paid]
+        made = [part for part in paid if part.record.text("state") != "refused"]
+        if paid and self.view.clips:
+            quoted = amount(total(part.price for part in made), unit)
+            billed = total(part.billed if part in made else part.billed or 0.0 for part in paid)
+            text = f"quoted {quoted.removesuffix(f' {unit}')}, billed {amount(billed, unit)}"
+            self.view.say(text)
         unsent = [clip for clip, error in failed if isinstance(error, Stopped)]
         if self.studio.broke and unsent:
             missing = amount(total(clip.due for clip in unsent), unit)
@@ -3418,10 +3454,15 @@ class Command:
 
 TURN_S = 0.2
 STILL_S, LONG_STILL_S = 1.0, 4.0  # without a change: it may be whole
-ENDLESS = (".mp3", ".flac", ".ogg")  # recordings that do not tell where they end
+ENDLESS = (".mp3", ".flac", ".ogg", ".txt")  # they do not tell where they end
 STUCK_S = 10.0  # without a change: a file that is not whole is worth a line
 RESCAN_S = 60.0  # events can be lost
 PAUSES_S = (15.0, 300.0)  # between two tries: the first and the longest
+
+
+def still_s(name: str) -> float:
+    """How long a file has to be without a change, as it may still be being written."""
+    return LONG_STILL_S if name.lower().endswith(ENDLESS) else STILL_S
 
 
 class Wait:
@@ -3484,10 +3525,14 @@ class Watcher:
         """Watch the folder that is there now, or say that none is; its inode."""
         observer.unschedule_all()
         if inode:
-            with contextlib.suppress(OSError):  # gone again: the next turn sees it
+            try:
                 observer.schedule(self, str(self.folder), recursive=False)
                 self.view.say(f"watching {self.folder} for recordings and texts")
                 return inode
+            except OSError as error:
+                if self.folder.is_dir():  # else gone again: the next turn sees it
+                    text = f"{self.folder} cannot be watched: {error.strerror}"
+                    raise InputError(f"{text}; --polling looks instead of listening") from error
         self.view.say(f"{self.folder} is not there; waiting for it")
         return 0
 
@@ -3507,8 +3552,8 @@ class Watcher:
             except OSError:  # gone, or being replaced: there will be another event
                 continue
             if not wait or (wait.sign != sign and not wait.busy):
-                still_s = LONG_STILL_S if sources[0].lower().endswith(ENDLESS) else STILL_S
-                wait = self.waits[stem] = Wait(sign, now + still_s, wait.why if wait else "")
+                rest_s = max(still_s(str(file)) for file in files + around)
+                wait = self.waits[stem] = Wait(sign, now + rest_s, wait.why if wait else "")
             if now >= wait.due and not wait.busy:
                 clip = folder_clip(files, self.args, names)
                 wait.busy, wait.due = True, math.inf
@@ -3552,8 +3597,8 @@ class Watcher:
         if error and not same:
             tell_traceback(self.args, self.view, error)
             more = "; it is tried again" if again else ""
-            self.view.say(f"{clip.name}: failed: {wait.why}{more}")
-        if not again and (not same if error else clip.state != DONE):
+            self.view.say(f"{clip.name}: failed: {wait.why}{more}", always=True)
+        if not same if error else clip.state != DONE:
             self.command.report(clip)
             self.command.settle([clip])
 
@@ -3564,7 +3609,8 @@ class Watcher:
             outage = self.outage
             if error and getattr(error, "is_of_all", False):
                 if not outage.why:
-                    self.view.say(f"{clip.name}: {explain(error)}")
+                    self.view.say(f"{clip.name}: {explain(error)}", always=True)
+                    self.command.settle([clip])
                     self.view.say("waiting until that is over; clips that come meanwhile are kept")
                 if time.monotonic() >= outage.due:  # else another clip has met it just now
                     outage.later()
@@ -3638,6 +3684,20 @@ def cmd_batch(command: Command) -> int:
     return command.batch(clips)
 
 
+def await_rest(command: Command) -> None:
+    """Wait until nothing in the folder is being written, as far as its files' times tell."""
+    folder, until = Path(command.args.folder), time.monotonic() + command.args.timeout
+    while time.monotonic() < until:
+        left_s = 0.0
+        for name in folder_names(folder).values():
+            with contextlib.suppress(OSError):
+                age_s = time.time() - os.stat(folder / name).st_mtime
+                left_s = max(left_s, still_s(name) - age_s if age_s >= 0 else 0.0)
+        if not left_s:
+            return
+        command.studio.http.sleep(left_s)
+
+
 def cmd_watch(command: Command) -> int:
     """A folder that is watched, until Ctrl-C or SIGTERM."""
     args, view = command.args, command.view
@@ -3645,6 +3705,7 @@ def cmd_watch(command: Command) -> int:
     if not (args.img or args.fallback):
         view.say("warning: no --img and no FRIEND_IMG: only clips with a portrait beside them")
     if args.once:
+        await_rest(command)
         return cmd_batch(command)
     watcher = Watcher(command)
     module = need("watchdog.observers" + (".polling" if args.polling else ""))
@@ -3828,6 +3889,7 @@ def read_environment(environ: Mapping[str, str], args: argparse.Namespace) -> di
     for source in (found, environ, flags):
         values.update({name: value for name, value in source.items() if value and value.strip()})
     args.voice, args.fallback = setting(values, "HEDRA_VOICE"), setting(values, "FRIEND_IMG")
+    args.fallback = os.path.expanduser(args.fallback)
     return values
 
 
@@ -3861,6 +3923,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     """The command line; its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     args, view = build_parser(argv).parse_args(argv), View()
+    command: Command | None = None
     error: Exception
     with contextlib.suppress(AttributeError):  # file names as they are, UTF-8 or not
         names = {"encoding": sys.getfilesystemencoding(), "errors": "surrogateescape"}
@@ -3885,6 +3948,8 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
         status, error = 1, failure
     finally:
         view.close()
+    if args.json and command:
+        command.tell_rest(error)
     if args.json and not view.results:  # else it has been told of the clip
         name = stem_of(Path(args.wav or args.out or args.command).name)
         written(sys.stdout, as_json(Clip(name, Path(), error=error), None) + "\n")

@@ -101,9 +101,13 @@ def frame_size(resolution: str, aspect_ratio: str) -> tuple[int, int]:
 
 
 def sample(folder: Path) -> tuple[Path, Path]:
-    """Write `friend.png` and `hello.wav` into `folder`: a portrait and a recording."""
+    """Write `friend.png` and `hello.wav` into `folder`, a portrait and a recording, but not over
+    what is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    image, audio = (Path(shutil.copyfile(file, folder / file.name)) for file in (FRIEND, HELLO))
+    image, audio = (folder / file.name for file in (FRIEND, HELLO))
+    for source, target in ((FRIEND, image), (HELLO, audio)):
+        if not target.exists():
+            shutil.copyfile(source, target)
     return image, audio
 
 
