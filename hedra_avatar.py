@@ -1496,7 +1496,7 @@ class WebApi:
             made = row.part("input")
             said = made.text("text") == clip.prompt and made.text("voice_id") == clip.voice
             said &= STATES.get(row.text("status").lower()) != FAILED  # of another take
-            said &= not clip.model.slug or made.text("model_slug") in ("", clip.model.slug)
+            said &= not clip.model.slug or made.text("model_slug") == clip.model.slug
             if said if speech else clip.record.text("audio") in made.texts("audio_id"):
                 return row.text("id")
         return ""
