@@ -2597,12 +2597,11 @@ class Studio:
 
     def about(self, clip: Clip) -> dict[str, Any]:
         """For the person who reads the ledger."""
-        spoken = clip.speech or clip.kind == SPEECH
         return {
-            "clip": str(clip.name if spoken else clip.audio), "kind": clip.kind,
-            "portrait": str(clip.image.name and clip.image), "voice": clip.voice,
-            "prompt": clip.prompt,
-            "model": self.asked[clip.kind], "account": self.account.id, "unit": self.api.unit,
+            "clip": str(clip.name if clip.speech or clip.kind == SPEECH else clip.audio),
+            "kind": clip.kind, "portrait": str(clip.image.name and clip.image),
+            "voice": clip.voice, "prompt": clip.prompt, "model": self.asked[clip.kind],
+            "account": self.account.id, "unit": self.api.unit,
         }
 
     def prepare(self, clip: Clip) -> None:
@@ -3624,10 +3623,9 @@ class Watcher:
 
 def is_final(clip: Clip, error: Exception) -> bool:
     """Whether a clip as it is will never be made: its files, or what Hedra says of them."""
-    refused = getattr(error, "status", 0) in (400, 413, 415, 422)
-    if refused and not getattr(error, "retryable", False) and not clip.generation_id:
-        return True
-    if getattr(error, "code", "") == "EXPIRED":
+    refused = getattr(error, "status", 0) in (400, 413, 415, 422) and not clip.generation_id
+    refused = refused and not getattr(error, "retryable", False)
+    if refused or getattr(error, "code", "") == "EXPIRED":
         return True
     of_disk = isinstance(error.__cause__, OSError)
     return isinstance(error, InputError | GenerationFailed) and not of_disk
