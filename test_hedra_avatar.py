@@ -171,7 +171,6 @@ def clock() -> Iterator[Any]:
 
 
 def host() -> Iterator[HTTPServer]:
-    """A server, one thread a request."""
     with HTTPServer("127.0.0.1", 0, threaded=True) as server:
         yield server
 
@@ -2039,7 +2038,8 @@ def test_a_speech_that_no_video_can_have_is_delivered_and_a_voice_made_anew_is_f
     count = len(world.sent)
     assert hedra.make_speech("Hi.", "Otis", out, world.key, **more).exists()
     assert len(world.sent) == count, "it is in the cache"
-    world.run(say="Hi.").fails("0.40 s")
+    for _ in range(2):
+        world.run(say="Hi.").fails("0.40 s")
     assert (len(world.bought("text_to_speech")), world.bought()) == (1, [])
     world.box.speak = stub_speak
     world.box.voices = [{**one, "id": one["id"][:-1] + "e"} for one in world.box.voices]
