@@ -946,11 +946,11 @@ CHUNKS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"0" * 80
 @pytest.mark.parametrize("slow", [b"Content-Length", b"{", b"000"])
 def test_an_answer_that_trickles_counts_as_silence_when_its_time_is_up(slow, monkeypatch):
     monkeypatch.setattr(random, "uniform", lambda low, high: 0.0)
-    asked, answer = [], CHUNKS if slow == b"000" else HTTP + b'{"remaining": 5}'.ljust(80)
-    server = drip(asked, answer, slow=slow)
+    answer = CHUNKS if slow == b"000" else HTTP + b'{"remaining": 5}'.ljust(80)
+    server, started = drip(asked := [], answer, slow=slow), time.monotonic()
     with server as address, pytest.raises(hedra.ApiError) as failed:
         balance(KEY, HEDRA_BASE_URL=f"http://{address}", HEDRA_HTTP_TIMEOUT="0.1")
-    assert failed.value.retryable
+    assert (failed.value.retryable, time.monotonic() - started < 6) == (True, True)
     assert 2 <= len(asked) <= 6
 
 
