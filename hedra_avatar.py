@@ -105,6 +105,7 @@ PATIENCE = 40  # refusals for rate in a row, where no deadline says when to stop
 POLL_TRIES = 15  # in a row, before waiting for a generation is given up
 GRACE_S = 30.0  # after a submit, a status of 404 may still mean "not yet"
 FORCE_AFTER_S = 3600.0  # a take in flight that is younger is taken up by --force as well
+UNANSWERED_S = 2.0  # then others do not wait behind a submit
 KEPT_S = 48 * 3600.0  # so long the jobs API keeps what it has made
 LONGEST_RETRY_AFTER_S = 300.0  # that is waited for where there is no deadline
 MODEL_AGE_S = 3600.0  # then the catalogue is asked again, for the price
@@ -408,10 +409,8 @@ def is_whole(data: bytes, content_type: str, size: int) -> bool:
     if content_type == "image/jpeg":
         at = 2  # from segment to segment: a preview, or a film behind it, has an end of its own
         while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in (b"\xda", b""):
-            if data[at + 1] == 0xFF:  # a filler
-                at += 1
-                continue
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+            length = 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+            at += length if data[at + 1] != 0xFF else 1  # a filler
         return data.find(b"\xff\xd9", at) > 0
     if content_type in ("image/webp", "audio/aiff"):
         riff = content_type == "image/webp"
@@ -791,6 +790,7 @@ def parse_error(status: int, headers: Mapping[str, str], text: str, where: str) 
         # A 5xx is worth another try whatever it says of itself: the document's own example of a
         # 500 says that it is not, and the page of a proxy says nothing.
         retryable=status in (408, 425, 429) or status >= 500 or error.flag("retryable"),
+        # One that was used already is no reason to send it elsewhere.
         names_key="idempotency_key" in f"{words} {error.text('param')}" and "already" not in words,
     )
 
@@ -1914,6 +1914,7 @@ class Ledger:
         self.home = str(self.folder.parent)
         self.speeches, self.kept = self.folder / "speeches", self.folder / "kept"
         self.seen: dict[tuple[str, str, str], Media] = {}
+        self.digests = set[str]()  # of the results of all takes
 
     def load(self, kind: str, key: str, *, owned: bool = False) -> Record:
         """The record, empty if there is none. A damaged one is set aside by its owner, and what
@@ -2016,9 +2017,12 @@ class Ledger:
         record.save(videos=videos, seen=seen, **changes)
 
     def is_ours(self, digest: str) -> bool:
-        """Whether a file of that digest is the result of any take."""
-        folder, mark = self.folder / "clips", digest.encode()
-        return any(mark in (folder / f"{key}.json").read_bytes() for key in self.clips())
+        """Whether a file of that digest is the result of any take, of other processes as well."""
+        if digest not in self.digests:
+            texts = [(self.folder / f"clips/{key}.json").read_bytes() for key in self.clips()]
+            found = re.findall(rb'"([0-9a-f]{32})"', b"".join(texts))
+            self.digests = {digest.decode() for digest in found}
+        return digest in self.digests
 
     def spare(self, clip: Clip) -> Path | None:
         """Keep what lies at a target, and is about to be replaced, where it is the result of
@@ -2027,13 +2031,13 @@ class Ledger:
             digest = video_digest(clip.target)
             if digest not in clip.record.part("videos").values.values() and self.is_ours(digest):
                 kept = self.kept / f"{digest}.mp4"
+                draft = kept.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
                 self.kept.mkdir(exist_ok=True)
-                with contextlib.suppress(FileExistsError):
-                    try:
-                        os.link(clip.target, kept)
-                    except OSError:  # on another disk
-                        if not kept.exists():
-                            shutil.copyfile(clip.target, kept)
+                try:
+                    os.link(clip.target, draft)
+                except OSError:  # on another disk
+                    shutil.copyfile(clip.target, draft)
+                publish(draft, kept)
                 return kept
         return None
 
@@ -2691,7 +2695,7 @@ class Studio:
         a generation that has ended; but nobody waits behind a submit that gets no answer (False:
         it was not waited for)."""
         mine = False
-        while not mine and time.monotonic() - self.sent_at < 2.0:
+        while not mine and time.monotonic() - self.sent_at < UNANSWERED_S:
             if not (mine := self.turn.acquire(timeout=0.2)):
                 self.be_patient()
         try:
@@ -2891,7 +2895,9 @@ class Studio:
     def copy(self, clip: Clip, *, nearby: bool = False) -> bool:
         """Copy the result from where it lies on this disk: whole and synced, or not at all."""
         part, digests = hidden(clip.target, "copy"), clip.record.part("videos").values.values()
-        while there := self.ledger.find(clip, nearby=nearby):
+        for _ in range(3):
+            if not (there := self.ledger.find(clip, nearby=nearby)):
+                break
             try:
                 if there is clip.target:
                     return True
@@ -3430,12 +3436,12 @@ class Command:
         """Say what a batch has cost and, last, what failed; the exit status."""
         unit, failed = self.studio.api.unit, [(clip, clip.error) for clip in clips if clip.error]
         paid = [part for clip in clips for part in clip.parts if part.paid]
-        made = [part for part in paid if part.record.text("state") != "refused"]
+        refused = {part for part in paid if part.record.text("state") == "refused"}
         if paid and self.view.clips:
-            quoted = amount(total(part.price for part in made), unit)
-            billed = total(part.billed if part in made else part.billed or 0.0 for part in paid)
-            text = f"quoted {quoted.removesuffix(f' {unit}')}, billed {amount(billed, unit)}"
-            self.view.say(text)
+            quoted = amount(total(0.0 if part in refused else part.price for part in paid), unit)
+            costs = (part.billed or 0.0 if part in refused else part.billed for part in paid)
+            billed = amount(total(costs), unit)
+            self.view.say(f"quoted {quoted.removesuffix(f' {unit}')}, billed {billed}")
         unsent = [clip for clip, error in failed if isinstance(error, Stopped)]
         if self.studio.broke and unsent:
             missing = amount(total(clip.due for clip in unsent), unit)
@@ -3609,7 +3615,8 @@ class Watcher:
             if error and getattr(error, "is_of_all", False):
                 if not outage.why:
                     self.view.say(f"{clip.name}: {explain(error)}", always=True)
-                    self.command.settle([clip])
+                    if self.args.json:
+                        self.view.result(as_json(clip, self.studio.api.unit))
                     self.view.say("waiting until that is over; clips that come meanwhile are kept")
                 if time.monotonic() >= outage.due:  # else another clip has met it just now
                     outage.later()

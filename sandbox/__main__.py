@@ -12,7 +12,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from sandbox.render import FRIEND, HELLO, RenderError, find_ffmpeg, sample
+from sandbox.render import FRIEND, HELLO, RenderError, find_ffmpeg
 from sandbox.server import Sandbox, serve
 
 HOME = Path(__file__).resolve().parents[1]
@@ -60,9 +60,13 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
 
 
 def cmd_sample(arguments: argparse.Namespace) -> int:
-    """Write the portrait and the recording."""
-    for path in sample(arguments.folder):
-        print(path)
+    """Write the portrait and the recording, but not over what is there."""
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    for source in (FRIEND, HELLO):
+        target = arguments.folder / source.name
+        if not target.exists():
+            shutil.copyfile(source, target)
+        print(target)
     return 0
 
 
@@ -74,10 +78,9 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
     chosen = list(names) if arguments.api == "both" else [arguments.api]
     arguments.out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, Sandbox(render_seconds=1.0) as sandbox:
-        image, audio = sample(Path(folder))
-        words = ["--img", str(image), "--poll-interval", "1", *arguments.more]
+        words = ["--img", str(FRIEND), "--poll-interval", "1", *arguments.more]
         spoken = ["--say", arguments.say, "--voice", arguments.voice or sandbox.voices[0]["name"]]
-        words += ["--wav", str(audio)] if arguments.say is None else spoken
+        words += ["--wav", str(HELLO)] if arguments.say is None else spoken
         with serve(sandbox) as server:
             urls = {"v2": server.url_v2, "v3": server.url_v3}
             for api in chosen:

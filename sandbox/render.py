@@ -100,17 +100,6 @@ def frame_size(resolution: str, aspect_ratio: str) -> tuple[int, int]:
     return (long, short) if across > down else (short, long)
 
 
-def sample(folder: Path) -> tuple[Path, Path]:
-    """Write `friend.png` and `hello.wav` into `folder`, a portrait and a recording, but not over
-    what is there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    image, audio = (folder / file.name for file in (FRIEND, HELLO))
-    for source, target in ((FRIEND, image), (HELLO, audio)):
-        if not target.exists():
-            shutil.copyfile(source, target)
-    return image, audio
-
-
 # ----------------------------------------------------- a text becomes a speech
 
 SHORTEST_SPEECH, SPEECH_TIMEOUT = 0.6, 60.0  # seconds: of sound; that the machine may take
