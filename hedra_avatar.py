@@ -1991,23 +1991,23 @@ class Ledger:
         """A target's name in the ledger: from the cache's own folder on, as both may be moved."""
         return clip.place.removeprefix(self.home + os.sep)
 
-    def find(self, clip: Clip, *, nearby: bool = False) -> Path | None:
+    def find(self, clip: Clip, *, nearby: bool = False) -> str:
         """Where a take's result lies whole on this disk: at the target, or where it once was; or,
-        `nearby`, under any name beside those."""
+        `nearby`, under any name beside those; "" for nowhere."""
         places, seen = clip.record.part("videos"), clip.record.part("seen")
         if not (digests := {places.text(place) for place in places.values}):
-            return None
-        files = {self.place(clip): clip.target}
+            return ""
+        files = {self.place(clip): clip.place}
         for place in places.values:
-            files.setdefault(place, Path(self.home, place))
-        for folder in {file.parent for file in files.values()} if nearby else ():
-            files |= {str(file): file for file in folder.glob("*.mp4")}
-        files |= {digest: self.kept / f"{digest}.mp4" for digest in digests}
+            files.setdefault(place, place if place[:1] == "/" else f"{self.home}/{place}")
+        for folder in {os.path.dirname(file) for file in files.values()} if nearby else ():
+            files |= {str(file): str(file) for file in Path(folder).glob("*.mp4")}
+        files |= {digest: f"{self.kept}/{digest}.mp4" for digest in digests}
         for place, file in files.items():
             with contextlib.suppress(OSError, InputError):
-                if seen.text(place) == signature(file) or video_digest(file) in digests:
+                if seen.text(place) == signature(file) or video_digest(Path(file)) in digests:
                     return file
-        return None
+        return ""
 
     def keep(self, clip: Clip, **changes: Any) -> None:
         """Write down that a take's result lies at the target."""
@@ -2332,7 +2332,7 @@ class Studio:
         elif state == "refused":
             needs = NEW if force or record.flag("transient") else REFUSED
         else:
-            needs = DONE if self.ledger.find(clip) is clip.target else FETCH
+            needs = DONE if self.ledger.find(clip) == clip.place else FETCH
         if clip.speech and needs in OPEN:
             clip.speech.state = self.judge(clip.speech, force=force)
             if clip.speech.state == DONE:
@@ -2899,7 +2899,7 @@ class Studio:
             if not (there := self.ledger.find(clip, nearby=nearby)):
                 break
             try:
-                if there is clip.target:
+                if there == clip.place:
                     return True
                 shutil.copyfile(there, part)
                 if video_digest(part) in digests:  # else another clip has just come to that place
@@ -3164,7 +3164,7 @@ def folder_names(folder: Path) -> Names:
 def stem_of(name: str) -> str:
     """The name of a clip, from that of its recording or text."""
     said = name.lower().endswith(SAY_SUFFIX)
-    return name[: -len(SAY_SUFFIX)] if said else os.path.splitext(name)[0]
+    return name[: -len(SAY_SUFFIX)] if said else name.rpartition(".")[0] or name
 
 
 def beside(source: Path, suffixes: Sequence[str], names: Names) -> list[Path]:
