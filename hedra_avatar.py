@@ -2194,6 +2194,7 @@ class Studio:
         """Check the files of some clips, judge what each needs, and price what is new. A clip that
         cannot work has an `error` afterwards. Raises HedraError where nothing can."""
         targets: dict[str, Clip] = {}
+        self.voices = functools.cache(self.api.voices)  # asked once a plan
         for clip in [clip for clip in clips if not clip.error]:
             with self.blamed(clip):
                 (self.identify_speech if clip.kind == SPEECH else self.identify)(clip)
@@ -2277,7 +2278,7 @@ class Studio:
         memo = self.voice_names
         if len(known := memo.part("names").texts(wanted)) == 1:
             return known[0]
-        voices = self.api.voices(self.asked[SPEECH])
+        voices = self.voices(self.asked[SPEECH])
         named = [voice.id for voice in voices if voice.name.casefold() == wanted]
         found = [voice.id for voice in voices if voice.id == asked] or named
         if len(found) == 1:

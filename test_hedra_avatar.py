@@ -633,7 +633,7 @@ def test_files_are_known_by_their_first_bytes_whatever_their_names(tmp_path, con
         assert media.seconds == (1.0 if content_type == "audio/wav" else None)
 
 
-CUT = {  # issue 10.8: cut inputs are sent and paid
+CUT = {  # else they are sent, and paid
     "a PNG of 8 bytes": PNG[:8], "a PNG without its end": PNG[:-12], "nearly a PNG": PNG[:-5],
     "a JPEG after its preview": JPEG[:40], "a JPEG without its end": JPEG[:-2],
     "a WebP cut": WEBP[:-3], "three bytes of a tag": b"ID3", "a tag cut": TAGGED[:150],
@@ -718,7 +718,6 @@ FILMS = {  # whether it is whole, and what it is made of
 
 @pytest.mark.parametrize("what", FILMS)
 def test_a_film_is_whole_if_all_of_its_boxes_are(tmp_path, what):
-    """Issue 10.7."""
     whole, content = FILMS[what]
     (tmp_path / "x.part").write_bytes(content)
     film = hedra.inspect_film(tmp_path / "x.part")
@@ -955,7 +954,7 @@ def test_an_answer_that_trickles_counts_as_silence_when_its_time_is_up(slow, mon
 
 
 def test_an_early_answer_is_not_the_final_one_nor_that_of_the_next_request(clock):
-    """Issue 10.11: a 103, and what follows it on the connection."""
+    """A 103, and what follows it on the connection."""
     one, two = (HTTP + b'{"remaining": %d}'.ljust(81) % n for n in (1, 2))
     asked = []
     with drip(asked, b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + one, two) as address:
@@ -1039,7 +1038,6 @@ def company(live: World, tls_server: HTTPServer, monkeypatch: pytest.MonkeyPatch
     ("version", "name"), [("v2", "HTTPS_PROXY"), ("v3", "https_proxy"), ("v2", "ALL_PROXY")]
 )
 def test_a_proxy_sees_connect_and_nothing_else(company, tls_server, name, monkeypatch):
-    """Issue 14.4."""
     heads = []
     with tunnel(tls_server.port, heads, "me:p w0rd-of-mine") as address:
         monkeypatch.setenv(name, f"http://me:p%20w0rd-of-mine@{address}")
@@ -1335,7 +1333,6 @@ BODIES = {  # status, headers, and the body, of no known length if it is a list
 
 @pytest.mark.parametrize("what", BODIES)
 def test_an_answer_that_is_no_whole_video_is_an_error_and_no_file(clock, server, environ, what):
-    """Issue 10.7."""
     status, headers, body = BODIES[what]
     expect_video(server, lambda request: Response(
         iter(body) if isinstance(body, list) else body, status, headers=headers
@@ -1474,7 +1471,6 @@ RULES = [
 
 @pytest.mark.parametrize(("version", "rule"), RULES)
 def test_five_lost_answers_and_a_rerun_pay_once_wherever_hedra_reads_the_key(world, rule):
-    """Issue 10.1."""
     vars(world.box).update(rule)
     world.fail("submit", "reset-after", 5, skip=rule == {"idempotency": "header-only"})
     world.succeed()
@@ -1491,7 +1487,6 @@ def test_five_lost_answers_and_a_rerun_pay_once_wherever_hedra_reads_the_key(wor
     ("version", "status"), [*(("v2", s) for s in (302, 400, 403, 404, 422, 499)), ("v3", 404)]
 )
 def test_a_gateways_page_in_answer_to_a_submit_leaves_open_what_happened(world, status):
-    """Issue 10.11."""
     world.box.ignore_reserved_id = True
     world.fail("submit", "html-after", value=status)
     world.succeed()
@@ -1514,7 +1509,7 @@ def spoil_json(world, monkeypatch, verb, change):
 
 @pytest.mark.parametrize(("version", "wrong"), [("v2", ".."), ("v2", -1), ("v3", "x"), ("v3", [])])
 def test_a_wrong_id_from_a_submit_leads_back_to_the_reserved_one(world, wrong, monkeypatch):
-    """Issue 10.4: once, from a server that is healthy else."""
+    """Once, from a server that is healthy else."""
     wrongs = [wrong]
 
     def change(body):
@@ -1529,7 +1524,7 @@ def test_a_wrong_id_from_a_submit_leads_back_to_the_reserved_one(world, wrong, m
 
 
 def test_an_id_in_the_ledger_that_hedra_does_not_know_leads_back_and_never_to_paying(world):
-    """Issue 10.4: as a ledger of the first version may have it."""
+    """As a ledger of the first version may have it."""
     world.box.render_seconds = 1e6
     world.run("--timeout", "60").fails("not lost", world.bought()[0].id if world.bought() else "")
     (record,) = world.records()
@@ -1574,7 +1569,7 @@ def test_a_generation_that_hedra_never_shows_is_not_paid_for_again(world):
 
 
 def test_a_submit_that_is_never_answered_ends_and_the_rerun_finishes_the_clip(world, clock):
-    """Issue 10.12: by the clock of another machine the submit is an hour old; that does not
+    """By the clock of another machine the submit is an hour old; that does not
     count, for Hedra may need a moment to know of it."""
     world.fail("submit", "reset-after", 99)
     world.fail("status", "500", 999)
@@ -1618,7 +1613,7 @@ def test_handles_that_lapse_are_uploaded_again_and_the_same_key_pays_once(world,
 @pytest.mark.parametrize("moment", ["seen anew", "refused"])
 @only_v2
 def test_a_catalogue_that_renames_character_3_bills_nothing_again(world, moment):
-    """Issue 10.5: three clips done, one added: four paid, whatever the catalogue calls it."""
+    """Three clips done, one added: four paid, whatever the catalogue calls it."""
     world.fill("anna", "ben", "cleo")
     assert world.batch().status == 0
     row = next(row for row in world.box.catalogue if row["id"] == CHARACTER_3)
@@ -1701,7 +1696,6 @@ def test_whatever_happens_to_what_was_made_it_is_not_paid_again(world, what):
 @pytest.mark.parametrize("way", ["edited", "foreign", "text", "input"])
 @only_v2
 def test_what_is_at_the_target_and_is_no_video_of_ours_is_left_as_it_is(world, way):
-    """Issue 12.10."""
     if way == "edited":
         assert world.run().status == 0
     content, count = {"text": b"my own notes", "input": PNG}.get(way, mp4(7.5)), world.costly
@@ -1720,7 +1714,7 @@ def test_what_is_at_the_target_and_is_no_video_of_ours_is_left_as_it_is(world, w
 
 
 def test_a_forced_take_in_flight_is_taken_up_by_force_until_it_is_an_hour_old(world, clock):
-    """Issue 10.3: run --force, stopped after the submit, and the same command again."""
+    """Run --force, stopped after the submit, and the same command again."""
     assert world.run().status == 0
     world.box.render_seconds = 1e6
     assert world.run("--force", "--timeout", "30").status == 1
@@ -1734,7 +1728,6 @@ def test_a_forced_take_in_flight_is_taken_up_by_force_until_it_is_an_hour_old(wo
 
 @pytest.mark.parametrize("way", ["funds", "upload", "submit"])
 def test_a_forced_take_that_was_never_submitted_leaves_the_finished_one_in_force(world, way):
-    """Issue 10.3."""
     assert world.run().status == 0
     if way == "funds":
         world.box.balance_error = 500
@@ -1757,7 +1750,6 @@ def test_a_forced_take_that_was_never_submitted_leaves_the_finished_one_in_force
 @pytest.mark.parametrize("way", ["folder moved", "recording renamed", "another folder", "renamed"])
 @only_v3
 def test_what_is_on_disk_is_used_wherever_it_went_when_hedra_has_deleted_it(world, way):
-    """Issue 10.6."""
     world.succeed()
     world.box.expired_outputs = True
     flags = {"another folder": ["--out-dir", "else"], "renamed": ["--out", "output/kept.mp4"]}
@@ -1805,7 +1797,6 @@ def test_what_is_paid_is_fetched_though_another_clip_is_too_dear(world):
 @only_v2
 @pytest.mark.parametrize("length", [219, 235, 251, 252])
 def test_a_long_name_is_refused_before_it_is_paid_or_its_video_comes(world, length):
-    """Issue 10.9."""
     name = "x" * (length - 2) + "é"
     done = world.run("--out", f"output/{name}.mp4")
     assert done.status == (length > 251)
@@ -1838,7 +1829,7 @@ def version_1_digest(video):
 
 @pytest.mark.parametrize("state", ["done", "deleted", "submitted", "renamed"])
 def test_what_the_first_version_paid_for_is_found_in_its_ledger(world, state):
-    """Issue 10.5: a ledger of the first version, built by hand."""
+    """A ledger of the first version, built by hand."""
     slug = {"v2": SLUG, "v3": "hedra-character-3"}[world.version]
     assert world.run().status == 0
     (one,) = world.bought()
@@ -1867,7 +1858,7 @@ def test_what_the_first_version_paid_for_is_found_in_its_ledger(world, state):
 
 @only_v2
 def test_the_ledger_is_readable_by_a_person_and_tells_no_key_and_no_address(world):
-    """Issue 12.9: files are as the umask has them, for two users of a group."""
+    """Files are as the umask has them, for two users of a group."""
     before = os.umask(0o002)
     assert world.run().status == 0
     os.umask(before)
@@ -1885,7 +1876,6 @@ def test_the_ledger_is_readable_by_a_person_and_tells_no_key_and_no_address(worl
 @pytest.mark.parametrize("what", ["clips", "assets", "cache"])
 @only_v2
 def test_what_is_wrong_with_the_cache_is_told_with_its_name(world, what):
-    """Issue 12.6."""
     world.succeed()
     if what == "cache":
         shutil.rmtree(".cache")
@@ -1983,7 +1973,6 @@ def test_a_full_disk_keeps_the_part_and_the_rerun_needs_no_byte_more(world, monk
 )
 @only_v2
 def test_a_video_without_sound_or_of_another_length_is_kept_and_told(world, film, words):
-    """Issue 14.5."""
     world.box.render = lambda image, audio, out, width, height: out.write_bytes(film)
     told = world.run("--json")
     warning = told.rows[0]["warning"]
@@ -2115,6 +2104,8 @@ def test_a_folder_may_hold_texts_with_voices_of_their_own_and_a_recording_wins(w
     (folder / "NEWS.say.txt").rename(folder / "Loud.SAY.TXT")
     (folder / "ines.voice.txt").write_text("Inés\n")
     (folder / "news.txt").write_text("nods")
+    world.batch(HEDRA_VOICE="Jonnas").fails("Jonas")
+    assert world.verbs.count("voices") == 1, "once for all texts"
     world.batch(HEDRA_VOICE="Jonas").works()
     assert set(world.outputs()) == {"news", "both", "ines", "Loud"}
     spoken = {one.prompt: one.voice for one in world.bought("text_to_speech")}
@@ -2163,7 +2154,6 @@ def priced(value):
     + [("v3", "-5"), ("v3", "NaN"), ("v3", "500")],
 )
 def test_max_credits_stops_where_a_price_is_unknown_negative_or_no_number(world, way, monkeypatch):
-    """Issue 10.2."""
     world.fill("anna", "ben")
     if way == "m4a":
         (world.folder / "batch/ben.wav").unlink()
@@ -2232,7 +2222,6 @@ def test_credits_that_run_out_stop_new_submits_and_let_what_runs_finish(world):
 
 
 def test_quoted_billed_and_paid_agree_with_the_books_after_force_and_refusals(world, clock):
-    """Issue 14.6 to 14.8."""
     world.box.bill_factor, flags = 1.34, ("--voice", "Otis")
     world.fill("anna", "ben")
     (world.folder / "batch/cleo.say.txt").write_text(TEXT)
@@ -2277,7 +2266,6 @@ def test_quoted_billed_and_paid_agree_with_the_books_after_force_and_refusals(wo
     + [("v3", "submit", "1e11"), ("v2", "download", "Fri, 02 Jan 2099 03:04:00 GMT")],
 )
 def test_what_asks_for_a_wait_beyond_the_time_ends_the_clip(world, verb, after, clock):
-    """Issue 12.1."""
     world.fail(verb, "503", 99, value=after)
     if verb == "stream":
         world.fail("status", "503", 99, value=after)
@@ -2292,7 +2280,7 @@ def test_what_asks_for_a_wait_beyond_the_time_ends_the_clip(world, verb, after, 
     ("version", "verb"), [("v2", "submit"), ("v3", "submit"), ("v3", "stream"), ("v2", "download")]
 )
 def test_what_trickles_counts_as_lost_and_the_clip_is_paid_once(live, verb, monkeypatch):
-    """Issue 12.2: a byte now and then, for as long as one listens."""
+    """A byte now and then, for as long as one listens."""
     monkeypatch.setattr(random, "uniform", lambda low, high: 0.0)
     ask, armed = type(live.box)._answer, [True]
 
@@ -2437,7 +2425,7 @@ class Direct:
 def test_a_wrong_value_in_any_answer_is_no_bug_and_no_payment(
     clock, version, tmp_path, monkeypatch, say
 ):
-    """Issue 11.2; each case is a run with one wrong value, and a rerun without."""
+    """Each case is a run with one wrong value, and a rerun without."""
     with Sandbox(render_seconds=0.0, eager=True, files_url="http://127.0.0.1:1") as box:
         box.render, box.speak = stub_render, stub_speak
         world = World(version, box, "http://127.0.0.1:2" + PREFIXES[version], tmp_path)
@@ -2496,7 +2484,7 @@ def test_a_batch_pays_each_clip_once_and_the_next_one_says_and_asks_nothing(worl
 
 @only_v3
 def test_a_folder_with_one_of_each_kind_is_made_by_batch_each_paid_once(world):
-    """Issue 14.1; without ffprobe."""
+    """Without ffprobe."""
     folder = world.fill("wave")[0].parent
     for number, (kind, content) in enumerate(SOUNDS.items()):
         (folder / f"{kind}.{kind.upper() if number % 2 else kind}").write_bytes(content)
@@ -2759,7 +2747,7 @@ def test_a_slow_writer_that_pauses_is_waited_for_and_said_once(watch):
 
 @only_v2
 def test_one_clip_that_always_fails_is_no_outage_for_the_others(watch, monkeypatch):
-    """Issue 12.7: each clip waits for itself, with a growing pause up to five minutes."""
+    """Each clip waits for itself, with a growing pause up to five minutes."""
     world, tries, armed, ask = watch.world, [], [True], type(watch.world.box)._answer
 
     def answer(self, desk, request):
@@ -2836,7 +2824,6 @@ def test_what_fails_for_good_is_told_once_and_does_not_end_the_watcher(watch):
 @pytest.mark.parametrize("way", ["location", "disk", "401", "folder"])
 @only_v3
 def test_a_clip_is_tried_again_until_it_is_there(watch, way, monkeypatch):
-    """Issue 12.8."""
     world, replace, full = watch.world, os.replace, [True]
 
     def no_room(source, target):
@@ -2947,7 +2934,7 @@ BAD = {  # what makes a clip that cannot work, and the words of the error
 @pytest.mark.parametrize("what", BAD)
 @only_v2
 def test_what_cannot_work_is_refused_by_name_and_as_json_before_anything_is_sent(world, what):
-    """Issue 14.9: every failure with --json is an object."""
+    """Every failure with --json is an object."""
     spoil, words = BAD[what]
     flags = spoil(world)
     told = world.run(*(flags if isinstance(flags, list) else []), "--json").fails(words)
@@ -3073,7 +3060,6 @@ def on_terminal(
 
 @pytest.mark.parametrize(("version", "columns"), [("v2", 100), ("v3", 60)])
 def test_a_batch_on_a_terminal_has_a_line_for_each_clip_above_one_for_all(live, columns):
-    """Issue 15.1 and 15.4."""
     names = ["anna", "ben", "a name that is so long that it would not fit on any line at all " * 2]
     live.fill(*names, "wrong")[-1].write_bytes(b"no sound" * 9)
     live.box.render_seconds = 0.6
@@ -3095,7 +3081,6 @@ def test_a_batch_on_a_terminal_has_a_line_for_each_clip_above_one_for_all(live, 
 
 @only_v2
 def test_run_on_a_terminal_says_what_it_does_since_when_and_what_it_costs(live):
-    """Issue 15.3."""
     live.box.render_seconds = 0.6
     words = ("run", "--wav", "hello.wav", "--img", "friend.png", "--poll-interval", "0.1")
     status, screen = on_terminal(live, 80, *words)
@@ -3207,7 +3192,6 @@ def test_force_beside_a_process_that_makes_the_clip_takes_it_up(live):
 
 @only_v3
 def test_of_two_processes_with_one_output_the_later_one_is_told(live):
-    """Issue 12.10."""
     live.box.render_seconds = 0.8
     flags = ("--img", "friend.png", "--out", "output/x.mp4", *QUICK)
     first = start(live, "run", "--wav", "hello.wav", *flags)
@@ -3226,7 +3210,6 @@ def test_of_two_processes_with_one_output_the_later_one_is_told(live):
     ],
 )
 def test_a_signal_ends_a_command_quickly_and_loses_nothing(live, number, command):
-    """Issue 12.4 and 12.5."""
     live.box.render_seconds, waiting = 600.0, threading.Event()
     live.fill("hello")
 
@@ -3268,7 +3251,7 @@ def test_ctrl_c_waits_for_no_upload_and_no_name_and_force_costs_nothing_by_it(li
     status, _, err = finish(process)
     over.set()
     assert (status, time.monotonic() - started < 2) == (130, True)
-    assert "without --force" in err, "issue 10.13"
+    assert "without --force" in err
     code = "import socket, time\nsocket.getaddrinfo = lambda *w, **m: print(flush=True) or time.%s"
     Path("sitecustomize.py").write_text(code % "sleep(60)")
     paths = {"HEDRA_BASE_URL": "https://api.x.test", "PYTHONPATH": f"{live.folder}:{HERE}"}
@@ -3309,7 +3292,7 @@ def test_a_watcher_that_is_stopped_ends_in_time_and_the_next_one_takes_up(live):
 
 @only_v2
 def test_a_cron_job_that_finds_nothing_new_writes_nothing_to_its_log(live):
-    """Issue 15.5: the line of the README."""
+    """The line of the README."""
     live.fill("anna")
     assert live.batch(*QUICK).status == 0
     (line,) = re.findall(r"(?m)^\*/15 .*hedra_avatar (.*)$", README)
@@ -3386,7 +3369,6 @@ def test_make_builds_every_kind_of_clip_once_and_then_only_what_changed(shop):
 @needs_make
 @only_v2
 def test_make_notices_the_settings_and_asking_again_is_free_where_nothing_changed(shop):
-    """Issue 14.3."""
     shop.fill("anna")
     write_png(shop.folder / "other.png", 5)
     assert make(shop, "IMG=friend.png")[::2] == (0, 1)
@@ -3403,7 +3385,6 @@ def test_make_notices_the_settings_and_asking_again_is_free_where_nothing_change
 @needs_make
 @only_v3
 def test_make_never_deletes_a_video_and_leaves_nothing_half_done(shop):
-    """Issue 10.10."""
     anna, *_ = shop.fill("anna", "ben")
     anna.write_bytes(anna.read_bytes()[:-100])
     status, out, _ = make(shop, "-k", "IMG=friend.png")
@@ -3498,7 +3479,7 @@ def readme_commands() -> Iterator[tuple[str, list[str]]]:
 @needs_make
 @only_v2
 def test_the_readmes_sequences_of_commands_run_as_they_stand_in_order(shop):
-    """Issue 15.8. Those that make an environment of its own are run by CI."""
+    """Those that make an environment of its own are run by CI."""
     made_before = re.compile(r"make (demo|test|install)|\. \.venv/bin/activate")
     digits, ran, paid = re.compile(r"[\d.]+"), [], dict[str, int]()
     environ = {**shop.environ, "PYTHONPATH": str(HERE)}
@@ -3582,7 +3563,6 @@ def renders(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[A
 
 @needs_ffmpeg
 def test_every_resolution_and_ratio_is_rendered_and_the_demo_speaks_over_either_api(renders):
-    """Issue 10.14."""
     *sizes, demo, demo_v3 = renders.communicate(timeout=300)[0].splitlines()
     assert (renders.returncode, len(sizes)) == (0, 21)
     folder = Path(renders.args[-1])
