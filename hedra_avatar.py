@@ -109,7 +109,6 @@ UNANSWERED_S = 2.0  # then others do not wait behind a submit
 KEPT_S = 48 * 3600.0  # so long the jobs API keeps what it has made
 LONGEST_RETRY_AFTER_S = 300.0  # that is waited for where there is no deadline
 MODEL_AGE_S = 3600.0  # then the catalogue is asked again, for the price
-TICK_S = 0.1  # between two looks at what is late
 BLOCK_BYTES = 1 << 20  # of a download
 PIECE_BYTES = 1 << 16  # of an upload: a slow uplink takes it within the time-out
 ANSWER_BYTES, EVENT_BYTES, VIDEO_BYTES = 16 << 20, 1 << 20, 8 << 30  # none of Hedra's is longer
@@ -991,9 +990,11 @@ def retry(
 
 # ---- transport: Pace, Transport, iter_polls -----------------------------------------------------
 
-# What holds for the work of one thread: until when (time.monotonic), and its effort.
+# What holds for the work of one thread: until when (time.monotonic), and its effort; until when
+# (kernel_s) its answer has to come.
 DEADLINE: ContextVar[float] = ContextVar("deadline", default=math.inf)
 EFFORT: ContextVar[dict[str, float]] = ContextVar("effort", default={})  # noqa: B039
+DUE: ContextVar[float] = ContextVar("due")
 
 
 class Pace:
@@ -1037,89 +1038,66 @@ def faults(where: str, silence_s: float, proxy: str = "", ours: bool = True) -> 
         elif unsent:
             why = f"the {f'proxy {proxy}' if proxy else 'server'} cannot be reached ({why})"
         elif isinstance(error, u.TimeoutError):
-            why = f"no byte came for {silence_s:g} s"
+            why = f"it did not come within {silence_s:g} s"
         text, away = f"no answer to {where}: {why}; {LATER}", unsent and ours
         raise ApiError(text, retryable=True, ambiguous=not unsent, is_of_all=away) from None
 
 
-class Limit:
-    """A `with` statement that shuts the socket of `owner` if what is done with it is not over in
-    `seconds`: the socket's own time-out begins anew with every byte. One thread watches them all,
-    as one each would cost more than a small request."""
+def kernel_s() -> float:
+    """The time by which sockets count."""
+    return time.clock_gettime(time.CLOCK_MONOTONIC)
 
-    at_work, busy, start = set["Limit"](), threading.Event(), threading.Lock()
-    watcher = threading.Thread()
 
-    def __init__(self, owner: Any, seconds: float) -> None:
-        self.owner, self.left_s, self.is_over = owner, seconds, False
+class Line(io.RawIOBase):
+    """What comes over a socket, by the moment DUE: the socket's own time-out would begin anew with
+    every byte."""
 
-    def __enter__(self) -> None:
-        self.at_work.add(self)
-        with self.start:
-            if not self.watcher.is_alive():  # nor is it in the child of a fork
-                Limit.watcher = threading.Thread(target=self.watch, daemon=True, name="limits")
-                self.watcher.start()
-        self.busy.set()
+    def __init__(self, sock: Any, stream: Any) -> None:
+        self.sock, self.stream = sock, stream
 
-    def __exit__(self, *_: object) -> None:
-        from urllib3.exceptions import ProtocolError
+    def readable(self) -> bool:
+        return True
 
-        self.at_work.discard(self)
-        if self.is_over:
-            raise ProtocolError("it did not come to its end in time")
+    def readinto(self, buffer: Any) -> Any:
+        if (left_s := DUE.get() - kernel_s()) <= 0:
+            raise TimeoutError
+        self.sock.settimeout(left_s)
+        return self.stream.raw.readinto(buffer)
 
-    @classmethod
-    def watch(cls) -> None:
-        """In a thread of its own: shut what is late."""
-        tick = threading.Event()
-        while cls.busy.wait():
-            tick.wait(TICK_S)
-            cls.busy.clear()
-            for limit in [*cls.at_work]:
-                cls.busy.set()
-                limit.left_s -= TICK_S
-                if limit.left_s <= 0 and not limit.is_over:
-                    limit.is_over = True
-                    limit.shut()
-
-    def shut(self) -> None:
-        """Not through TLS, which would wait; TLS in TLS, to a proxy, has a socket inside."""
-        import socket
-
-        outer: Any = getattr(self.owner, "sock", None)
-        inner: Any = getattr(outer, "socket", outer)
-        with contextlib.suppress(OSError, TypeError):  # TypeError: it is gone
-            socket.socket.shutdown(inner, socket.SHUT_RDWR)
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
 
 
 def bounded(pools: Any, silence_s: float) -> Any:
-    """A class of urllib3's pools whose connections are held to their time-outs in all."""
-    from http.client import HTTPException
+    """A class of urllib3's pools whose answers come in time, from their first byte on."""
+    from http.client import HTTPException, HTTPResponse
 
-    from urllib3.exceptions import ProtocolError, ProxyError
+    from urllib3.exceptions import ProxyError
+
+    def answer(sock: Any, *words: Any, **more: Any) -> HTTPResponse:
+        response = HTTPResponse(sock, *words, **more)
+        response.fp = io.BufferedReader(Line(sock, response.fp))
+        return response
 
     class Bounded(pools.ConnectionCls):  # type: ignore[misc]
-        def connect(self) -> None:
-            with Limit(self, silence_s):
-                super().connect()
-            self.sock.settimeout(silence_s)  # not that of connecting: an uplink may be slow
+        response_class = staticmethod(answer)
+
+        def send(self, data: Any) -> None:
+            if self.sock:  # not that of connecting: an uplink may be slow
+                self.sock.settimeout(silence_s)
+            super().send(data)
 
         def _tunnel(self) -> None:
+            DUE.set(kernel_s() + self.timeout)
             try:
-                with Limit(self, self.timeout):
-                    super()._tunnel()
-            except (OSError, HTTPException, ProtocolError) as error:
+                super()._tunnel()
+            except (OSError, HTTPException) as error:
                 raise ProxyError("no way through it", error) from error
 
         def getresponse(self) -> Any:
-            line = self.sock
-            with contextlib.ExitStack() as late:
-                with Limit(self, self.timeout):
-                    response = super().getresponse()
-                    late.callback(response.close)
-                late.pop_all()
-            response.sock = line  # a connection that closes afterwards forgets it
-            return response
+            DUE.set(kernel_s() + self.timeout)
+            return super().getresponse()
 
     return type("Pool", (pools,), {"ConnectionCls": Bounded})
 
@@ -1141,6 +1119,10 @@ class Transport:
     def left_s(self) -> float:
         """Seconds until this thread's deadline."""
         return DEADLINE.get() - time.monotonic()
+
+    def patience_s(self) -> float:
+        """Seconds that an answer may keep silent."""
+        return min(self.account.silence_s, self.left_s())
 
     def longest_s(self) -> float:
         """The longest wait that Hedra may ask for."""
@@ -1245,13 +1227,16 @@ class Transport:
         raise parse_error(response.status, response.headers, text, where)
 
     def blocks(
-        self, response: urllib3.BaseHTTPResponse, where: str, limit_s: float
+        self, response: urllib3.BaseHTTPResponse, where: str, patience_s: Callable[[], float]
     ) -> Iterator[bytes]:
-        """The body of an answer as it arrives, and within `limit_s` in all; the connection goes
-        back to the pool at its end."""
+        """The body of an answer as it arrives, each block within `patience_s()`; the connection
+        goes back to the pool at its end."""
         try:
-            with faults(where, self.account.silence_s), Limit(response, limit_s):
-                while block := response.read1(BLOCK_BYTES, decode_content=False):
+            with faults(where, self.account.silence_s):
+                while True:
+                    DUE.set(kernel_s() + patience_s())
+                    if not (block := response.read1(BLOCK_BYTES, decode_content=False)):
+                        return
                     self.count("bytes_down", len(block))
                     yield block
         finally:
@@ -1259,8 +1244,8 @@ class Transport:
 
     def text(self, response: urllib3.BaseHTTPResponse, where: str) -> str:
         """The whole body, without the key should the server echo it; raises ApiError."""
-        body = bytearray()
-        for block in self.blocks(response, where, self.account.silence_s):
+        body, until = bytearray(), kernel_s() + self.account.silence_s
+        for block in self.blocks(response, where, lambda: until - kernel_s()):
             body += block
             if (size := len(body)) > ANSWER_BYTES:
                 text = f"Hedra's answer to {where} is too long: {size:,} bytes so far; {LATER}"
@@ -1687,20 +1672,19 @@ class JobsApi:
     def iter_stream(self, job_id: str, last_id: str) -> Iterator[bytes]:
         """The body of a job's stream, as long as it comes in time: before the first data a silence
         means that somebody on the way holds it back, later only that nothing has happened."""
-        path, silence_s = f"/jobs/{in_path(job_id)}/stream", self.http.account.silence_s
+        path, http = f"/jobs/{in_path(job_id)}/stream", self.http
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
         headers |= {"Last-Event-Id": last_id} if last_id else {}
-        first_s = min(FIRST_FRAME_S, silence_s, max(0.1, self.http.left_s()))
+        first_s = max(0.1, min(FIRST_FRAME_S, http.patience_s()))
         due, begun = time.monotonic() + first_s, False
-        response: Any = self.http.open("GET", path, headers, silence_s=first_s)
-        for block in self.http.blocks(response, f"GET {path}", self.http.left_s()):
-            self.http.sleep(0.0)  # raises where the time is over
+
+        def patience_s() -> float:
+            return http.patience_s() if begun else due - time.monotonic()
+
+        response = http.open("GET", path, headers, silence_s=first_s)
+        for block in http.blocks(response, f"GET {path}", patience_s):
+            http.sleep(0.0)  # raises where the time is over
             begun = begun or b"\ndata:" in block
-            if begun:
-                with contextlib.suppress(OSError, AttributeError):  # that was its last block
-                    response.sock.settimeout(min(silence_s, max(0.1, self.http.left_s())))
-            elif time.monotonic() > due:
-                return
             yield block
 
     def result(self, job_id: str, kind: str = VIDEO) -> Status:
@@ -2124,7 +2108,7 @@ class Download:
     def receive(self, response: urllib3.BaseHTTPResponse, total: int) -> None:
         """Append a body; raises ApiError if it stands still or has no end, StillRunning if late."""
         since, mark = time.monotonic(), self.file.tell()
-        for block in self.http.blocks(response, "the download", self.http.left_s()):
+        for block in self.http.blocks(response, "the download", self.http.patience_s):
             self.file.write(block)
             self.view.move(self.clip, len(block), total)
             if (size := self.file.tell()) >= mark + PROGRESS_BYTES:
