@@ -919,9 +919,11 @@ def wire(serve: Callable[[socket.socket], object]) -> Iterator[str]:
         server.daemon_threads = True
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield f"127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def drip(asked: list[bytes], *answers: bytes, slow: bytes = b"\0never") -> Any:
