@@ -105,7 +105,6 @@ PATIENCE = 40  # refusals for rate in a row, where no deadline says when to stop
 POLL_TRIES = 15  # in a row, before waiting for a generation is given up
 GRACE_S = 30.0  # after a submit, a status of 404 may still mean "not yet"
 FORCE_AFTER_S = 3600.0  # a take in flight that is younger is taken up by --force as well
-UNANSWERED_S = 2.0  # then others do not wait behind a submit
 KEPT_S = 48 * 3600.0  # so long the jobs API keeps what it has made
 LONGEST_RETRY_AFTER_S = 300.0  # that is waited for where there is no deadline
 MODEL_AGE_S = 3600.0  # then the catalogue is asked again, for the price
@@ -2154,7 +2153,6 @@ class Studio:
     deadline = math.inf  # of a command that makes one clip
     balance: Balance | None = None
     broke: OutOfCredits | None = None
-    sent_at = math.inf  # the submit that has no answer yet
     spent = 0.0
 
     def __init__(
@@ -2674,42 +2672,31 @@ class Studio:
             DEADLINE.set(min(self.deadline, time.monotonic() + self.timeout_s))
         self.http.sleep(0.0)
 
-    @contextlib.contextmanager
-    def in_turn(self) -> Iterator[bool]:
-        """One clip at a time, so that who is refused by a limit of the account takes the place of
-        a generation that has ended; but nobody waits behind a submit that gets no answer (False:
-        it was not waited for)."""
-        mine = False
-        while not mine and time.monotonic() - self.sent_at < UNANSWERED_S:
-            if not (mine := self.turn.acquire(timeout=0.2)):
-                self.be_patient()
+    def submit_in_turn(self, clip: Clip) -> str:
+        """One submit; raises ApiError. Of those that a limit of the account refuses one at a time
+        waits and tries again, so that it takes the place of a generation that has ended; after a
+        few refusals another does, as they may be of this clip alone."""
+        http, refusals, mine = self.http, 0, False
         try:
-            yield mine
+            while True:
+                running = {*http.waiting}
+                try:
+                    return self.api.submit(clip)
+                except RateLimited as error:
+                    if error.ambiguous or (error.retry_after or 0.0) >= http.longest_s():
+                        raise
+                    refusals, refusal = refusals + 1, error
+                if mine and refusals % 3 == 0:
+                    self.turn.release()
+                    mine = False
+                    http.sleep(0.3)
+                while not mine:
+                    mine, running = self.turn.acquire(timeout=0.2), {*http.waiting}
+                    self.be_patient()
+                self.await_place(clip, refusal, running, refusals)
         finally:
             if mine:
                 self.turn.release()
-
-    def submit_in_turn(self, clip: Clip) -> str:
-        """One submit; raises ApiError. Who is refused tries again a few times before others do, as
-        the refusal may be of this clip alone."""
-        http, refusals = self.http, 0
-        while True:
-            with self.in_turn() as mine:
-                for _ in range(3):
-                    running = {*http.waiting}
-                    if mine:
-                        self.sent_at = time.monotonic()
-                    try:
-                        return self.api.submit(clip)
-                    except RateLimited as error:
-                        if error.ambiguous or (error.retry_after or 0.0) >= http.longest_s():
-                            raise
-                        refusals, refusal = refusals + 1, error
-                    finally:
-                        if mine:
-                            self.sent_at = math.inf
-                    self.await_place(clip, refusal, running, refusals)
-            http.sleep(0.3)
 
     def await_place(
         self, clip: Clip, error: RateLimited, running: set[str], refusals: int
@@ -2718,11 +2705,13 @@ class Studio:
         http = self.http
         self.view.state(clip, "waiting for a place", error.words)
         http.count("retries")
-        if re.search(r"\brate\b|\brequests\b", error.words.lower()) or not http.waiting:
+        words, alone = error.words.lower(), not http.waiting
+        if re.search(r"\brate\b|\brequests\b", words) or (alone and "concurren" not in words):
             http.pace.refused(error)  # alone, and refused: it is the rate
         else:
             until = time.monotonic() + (error.retry_after or backoff_s(refusals, 1.0, cap=8.0))
             while running <= http.waiting and time.monotonic() < until:
+                running = running or {*http.waiting}
                 http.sleep(0.1)
         self.be_patient()
 
