@@ -71,7 +71,8 @@ TWINS := $(strip $(foreach n,$(sort $(NAMES)),$(if $(word 2,$(filter $n,$(NAMES)
 VIDEOS := $(filter-out $(TWINS),$(call video,,$(basename $(WAVS)))) \
   $(filter-out $(NAMES),$(call video,.say.txt,$(SAYS)))
 ODD := $(filter-out $(WAVS) $(SAYS),$(FOUND) $(TEXTS))
-IGNORED := $(call found,aac amr m4b oga opus wma)
+IGNORED := $(call found,3ga 3gp 3gpp aac ac3 aifc amr AMR ape au awb caf m4b m4r mka mp2 oga opus \
+  OPUS ra spx tta w64 wave weba webm wma WMA wv)
 twice = two recordings of one name in $(IN)/, keep one: $(notdir $(TWINS:.mp4=))
 
 all: told $(VIDEOS) ## a video in output/ for each clip in batch/ (make -j4)
@@ -98,8 +99,9 @@ $(OUT)/%.mp4: $(IN)/%.say.txt
 # Besides, a video depends on the portrait, prompt and voice of its clip, where they exist,
 beside = $(filter $(VIDEOS),$(foreach e,$1,$(call video,.$e,$(wildcard $(IN)/*.$e))))
 depends = $$(call beside,$1): $$(OUT)/%.mp4: $$(IN)/%.$1
-$(foreach kind,png jpg jpeg webp txt voice.txt,$(eval $(call depends,$(kind))))
-$(filter-out $(call beside,png jpg jpeg webp),$(VIDEOS)): $(call plain,$(FRIEND_IMG))
+IMAGES := png jpg jpeg webp PNG JPG JPEG WEBP
+$(foreach kind,$(IMAGES) txt TXT voice.txt,$(eval $(call depends,$(kind))))
+$(filter-out $(call beside,$(IMAGES)),$(VIDEOS)): $(call plain,$(FRIEND_IMG))
 # and on a stamp that holds the settings and is written when they change: then every clip is asked
 # for again, which is free where it is the same. Decided here, so that `make -n` writes nothing.
 STAMP := .cache/make/$(subst ..,+,$(OUT))/settings

@@ -263,7 +263,7 @@ def setting(environ: Mapping[str, str], name: str, default: str = "") -> str:
 
 def clean_key(raw: str) -> str:
     """The key without what pasting adds; raises InputError, never showing it."""
-    if not (key := raw.strip().strip("\ufeff").strip()):
+    if not (key := (raw or "").strip().strip("\ufeff").strip()):
         way = "set HEDRA_API_KEY, here or in a file named .env (`make demo` needs none)"
         raise InputError(f"no API key: {way}")
     if key.isascii() and key.isprintable():
@@ -314,7 +314,7 @@ SIGNATURES = {  # of the first bytes
     "image/png": rb"\x89PNG\r\n\x1a\n", "image/jpeg": rb"\xff\xd8\xff",
     "image/webp": rb"RIFF....WEBP", "audio/wav": rb"(RIFF|RF64|BW64)....WAVE",
     "audio/aiff": rb"FORM....AIF[FC]", "audio/flac": rb"fLaC", "audio/ogg": rb"OggS",
-    "audio/mp4": rb"....ftyp(M4[ABV] |mp4[12]|iso[m2-9]|dash|avc1|3g[p2].|MSNV|qt  )",
+    "audio/mp4": rb"....ftyp([MF]4[ABV].|mp4[12]|iso[m2-9]|isml|dash|cmf.|avc1|3g[p2].|MSNV|qt  )",
     # A tag, or a frame: sync, MPEG 1, 2 or 2.5, layer III, a bit rate and a sampling rate.
     "audio/mpeg": rb"ID3|\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xeb]",
 }
@@ -412,7 +412,7 @@ def is_whole(data: bytes, content_type: str, size: int) -> bool:
         return data.find(b"\xff\xd9", at) > 0
     if content_type in ("image/webp", "audio/aiff"):
         riff = content_type == "image/webp"
-        return int.from_bytes(data[4:8], "little" if riff else "big") + 8 <= size
+        return 0 < int.from_bytes(data[4:8], "little" if riff else "big") <= size - 8
     if data.startswith(b"ID3"):  # the size of a tag is written in bytes of seven bits
         return size > 10 + functools.reduce(lambda n, byte: n << 7 | byte & 127, data[6:10], 0)
     return size > 100
@@ -467,9 +467,11 @@ def inspect_open(stream: IO[bytes], file: Path, kind: Kind) -> Media:
         raise InputError(f"it is no {kind} that Hedra takes: give {wanted}")
     if size > limit:
         raise InputError(f"it has {size:,} bytes; Hedra takes at most {limit:,}")
-    cut = not is_whole(data, content_type, size)
-    if cut or (content_type == "audio/mp4" and read_film(stream) is None):
+    film = read_film(stream) if content_type == "audio/mp4" else Media()
+    if not film or not is_whole(data, content_type, size):
         raise InputError("it ends too early; copy or export it again", unfinished=True)
+    if not film.has_sound:
+        raise InputError("it has no sound track: give a recording that can be heard")
     if kind == "image":
         return Media(content_type, size)
     wav = content_type == "audio/wav"
@@ -1171,8 +1173,8 @@ class Transport:
             opener, proxy = urllib3.PoolManager, ""
             try:
                 if named:
-                    at = urllib3.util.parse_url(named)
-                    proxy = f"{at.scheme or 'http'}://{at.netloc}"
+                    at = urllib3.util.parse_url(named if "://" in named else f"http://{named}")
+                    proxy = f"{at.scheme}://{at.netloc}"
                     login = at.auth and unquote(at.auth)
                     secret = urllib3.make_headers(proxy_basic_auth=login)
                     opener = functools.partial(urllib3.ProxyManager, proxy, proxy_headers=secret)
@@ -2146,6 +2148,13 @@ class Download:
 
 # ---- making a clip: Studio ----------------------------------------------------------------------
 
+def plain_name(name: str) -> str:
+    """A name as it is compared: in any case, in any form of Unicode, with any blanks."""
+    import unicodedata
+
+    return " ".join(unicodedata.normalize("NFC", name).split()).casefold()
+
+
 class Studio:
     """All that the clips of a command have in common, and the verbs over them: plan, afford,
     make, settle."""
@@ -2253,15 +2262,15 @@ class Studio:
         if not asked:
             raise InputError("no voice is given: --voice NAME or HEDRA_VOICE (`voices` lists them)")
         if re.fullmatch(f"(voice_)?({UUID_SHAPE.pattern})", asked, re.IGNORECASE):
-            return asked
+            return asked.lower()
         import difflib
 
-        wanted = asked.casefold()
+        wanted = plain_name(asked)
         memo = self.voice_names
         if len(known := memo.part("names").texts(wanted)) == 1:
             return known[0]
         voices = self.voices(self.asked[SPEECH])
-        named = [voice.id for voice in voices if voice.name.casefold() == wanted]
+        named = [voice.id for voice in voices if plain_name(voice.name) == wanted]
         found = [voice.id for voice in voices if voice.id == asked] or named
         if len(found) == 1:
             if UUID_SHAPE.search(found[0]):
@@ -2270,7 +2279,7 @@ class Studio:
         if found:
             which = f"voices named {asked!r}: {', '.join(found)}"
             raise InputError(f"{which}; give --voice the id of one")
-        called = {voice.name.casefold(): voice.name for voice in voices}
+        called = {plain_name(voice.name): voice.name for voice in voices}
         near = difflib.get_close_matches(wanted, called, n=5, cutoff=0.3) or list(called)[:5]
         listed = ", ".join(called[name] for name in near) or "none"
         raise InputError(f"there is no voice {asked!r}; nearest: {listed} (`voices` lists all)")
@@ -3122,7 +3131,10 @@ def get_voices(api_key: str, *, speech_model: str = "", environ: Environ = None)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SOUND_SUFFIXES = (".wav", ".mp3", ".m4a", ".flac", ".ogg", ".aif", ".aiff")
 SAY_SUFFIX = ".say.txt"
-OTHER_SOUND = r"\.(aac|ac3|amr|ape|au|caf|m4b|mka|mp2|mpga|oga|opus|ra|spx|wma|wv|3gpp?)$"
+OTHER_SOUND = (  # what looks like sound
+    r"\.(3ga|3gpp?|aac|ac3|aifc|amr|ape|au|awb|caf|m4b|m4r|mka|mp2|mpga|oga|opus|ra|spx|tta|w64|wave"
+    r"|weba|webm|wma|wv)$"
+)
 Names = Mapping[str, str]  # of a folder, as `folder_names` gives them
 
 
@@ -3210,7 +3222,8 @@ def clip_of(
         if not re.search(r"\w", text):
             said = f"the text of {name} is blank, or has no word in it"
             raise InputError(f"{said}: nothing was sent")
-        text, voice = text.strip(), chosen([".voice.txt"], args.voice).strip()
+        text = text.strip()
+        voice = chosen([".voice.txt"], args.HEDRA_VOICE or "", args.voice).strip()
         clip.speech = Clip(f"{name} (speech)", Path(), prompt=text, kind=SPEECH, voice=voice)
         clip.audio = Path()
     if re.search("[\ud800-\udfff]", "".join(part.prompt + part.voice for part in clip.parts)):
@@ -3351,12 +3364,13 @@ class Command:
         balance = studio.balance or studio.tolerant(studio.api.balance, "the balance")
         studio.tell_unknown(clips)
         for clip in clips if self.args.json else ():
-            self.view.result(json.dumps({
+            shown = {
                 "name": clip.name, "state": clip.state, "seconds": clip.seconds,
                 "estimate": clip.is_estimate, "credits": None if clip.error else clip.due,
-                "unit": unit, "error": explain(clip.error) if clip.error else None,
-                "balance": balance and balance.remaining,
-            }))
+                "unit": unit, "error": None, "balance": balance and balance.remaining,
+            }
+            shown |= json.loads(as_json(clip, unit)) if clip.error else {}
+            self.view.result(json.dumps(shown))
         if not self.args.json:
             columns = screen_size(sys.stdout).columns or 1000
             left = amount(balance.remaining, balance.unit) if balance else "?"
@@ -3433,10 +3447,17 @@ class Command:
 
 TURN_S = 0.2
 STILL_S, LONG_STILL_S = 1.0, 4.0  # without a change: it may be whole
-ENDLESS = (".mp3", ".flac", ".ogg", ".txt")  # they do not tell where they end
+ENDLESS = (".mp3", ".m4a", ".flac", ".ogg", ".txt")  # they need not tell where they end
 STUCK_S = 10.0  # without a change: a file that is not whole is worth a line
 RESCAN_S = 60.0  # events can be lost
 PAUSES_S = (15.0, 300.0)  # between two tries: the first and the longest
+
+
+def look_at(file: Path | str) -> str:
+    """The signature of a file, "-" where there is none."""
+    with contextlib.suppress(OSError):
+        return signature(file)
+    return "-"
 
 
 def still_s(name: str) -> float:
@@ -3447,7 +3468,8 @@ def still_s(name: str) -> float:
 class Wait:
     """When something is tried (again), and what was said of it; `sign`: how its files look."""
 
-    tries, busy = 0, False
+    tries, busy, is_final = 0, False, False
+    portrait = ""  # how the one that clips share looked
 
     def __init__(self, sign: str = "", due: float = 0.0, why: str = "") -> None:
         self.sign, self.due, self.why, self.since = sign, due, why, time.monotonic()
@@ -3472,7 +3494,7 @@ class Watcher:
         self.studio, self.folder = command.studio, Path(self.args.folder)
         self.pool, self.lock = open_pool(self.args.jobs), threading.Lock()
         self.bell, self.told = threading.Event(), {""}
-        self.waits, self.outage = dict[str, Wait](), Wait()
+        self.waits, self.outage, self.portrait = dict[str, Wait](), Wait(), ""
 
     def dispatch(self, event: Any) -> None:
         """An event of watchdog's, in its thread. That we read a file is none."""
@@ -3489,6 +3511,9 @@ class Watcher:
                 there = os.stat(f"{self.folder}/").st_ino  # the slash: of a folder only
             if there != inode:
                 inode, rescan_at = self.attach(observer, there), 0.0
+            if (portrait := look_at(self.args.img or self.args.fallback)) != self.portrait:
+                self.portrait = portrait
+                self.bell.set()
             now = time.monotonic()
             due = min((wait.due for wait in self.waits.values()), default=math.inf)
             rung = self.bell.is_set() or now >= min(due, rescan_at)
@@ -3526,16 +3551,14 @@ class Watcher:
         for stem, sources in found.items():
             files, wait = [self.folder / name for name in sources], self.waits.get(stem)
             around = beside(files[0], (*IMAGE_SUFFIXES, ".txt", ".voice.txt"), names)
-            try:
-                sign = " ".join(signature(file) for file in files + around)
-            except OSError:  # gone, or being replaced: there will be another event
-                continue
-            if not wait or (wait.sign != sign and not wait.busy):
+            sign = " ".join(map(look_at, files + around))
+            changed = wait and wait.is_final and wait.portrait != self.portrait
+            if not wait or ((changed or wait.sign != sign) and not wait.busy):
                 rest_s = max(still_s(str(file)) for file in files + around)
                 wait = self.waits[stem] = Wait(sign, now + rest_s, wait.why if wait else "")
             if now >= wait.due and not wait.busy:
                 clip = folder_clip(files, self.args, names)
-                wait.busy, wait.due = True, math.inf
+                wait.busy, wait.due, wait.portrait = True, math.inf, self.portrait
                 self.pool.submit(self.work, clip, wait)
 
     def make(self, clip: Clip) -> None:
@@ -3570,6 +3593,7 @@ class Watcher:
         wait.why = explain(error) if error else ""
         same = UUID_SHAPE.sub("", wait.why) == UUID_SHAPE.sub("", before)
         again = error is not None and not is_final(clip, error)
+        wait.is_final = error is not None and not again
         if again:
             wait.later()
             wait.due = now if isinstance(error, StillRunning) else wait.due  # it has waited
@@ -3738,10 +3762,11 @@ def cmd_credits(command: Command) -> int:
     balance = get_balance(command.key, environ=command.environ)
     shown = {"remaining": balance.remaining, "unit": balance.unit, **balance.more}
     left, asked = amount(balance.remaining, balance.unit), amount(args.min, balance.unit)
-    view.result(json.dumps(shown) if args.json else left)
     if balance.remaining < args.min:
-        complain(f"the account has {left}, less than the {asked} asked for: add funds")
-    return int(balance.remaining < args.min)
+        shown["error"] = f"the account has {left}, less than the {asked} asked for: add funds"
+        complain(shown["error"])
+    view.result(json.dumps(shown) if args.json else left)
+    return int("error" in shown)
 
 
 def cmd_voices(command: Command) -> int:

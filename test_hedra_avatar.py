@@ -596,8 +596,8 @@ def rf64(there: int, promised: int) -> bytes:
     return b"RF64" + b"\xff" * 4 + b"WAVE" + sizes + wav_bytes(0xFFFF_FFFF, there)[12:]
 
 
-def m4a(brand: bytes) -> bytes:
-    film = mp4(1.0)
+def m4a(brand: bytes, *, sound: bool = True) -> bytes:
+    film = mp4(1.0, sound=sound)
     return mp4_box(b"ftyp", brand, bytes(4), brand) + film[24:]
 
 
@@ -641,6 +641,7 @@ CUT = {  # else they are sent, and paid
     "nothing": b"", "a bit of a WAV": b"RIFF\0\0", "no sound yet": b"RIFF\0\0\0\0WAVEfmt ",
     "a WAV with its tail missing": wav_bytes(16000, 8000), "an RF64 as well": rf64(8000, 16000),
     "a WAV that is being written": wav_bytes(0, 8000),
+    "an AIFF that is being written": b"FORM\0\0\0\0AIFF" + bytes(120),
 }
 
 
@@ -660,6 +661,7 @@ def test_a_file_that_is_cut_is_refused_as_cut(tmp_path, what):
         ("audio", wav_bytes(3999, 3999), "0.50 s"), ("image", SOUNDS["aif"], "used"),
         ("audio", wav_bytes(8000, 8000, rate=13), "615.38 s"), ("image", b"GIF89a" * 9, "used"),
         ("audio", wav_bytes(8000, 8000, rate=0), "damaged"),
+        ("audio", m4a(b"M4A ", sound=False), "no sound track"),
         pytest.param("image", PNG + bytes(10_485_761 - len(PNG)), "10,485,760", id="a byte more"),
         pytest.param(
             "audio", wav_bytes(9, 9, extra=b"junk\0\0\0\0" * 4_000_000), "the file", id="pieces"
@@ -1042,7 +1044,8 @@ def company(live: World, tls_server: HTTPServer, monkeypatch: pytest.MonkeyPatch
 def test_a_proxy_sees_connect_and_nothing_else(company, tls_server, name, monkeypatch):
     heads = []
     with tunnel(tls_server.port, heads, "me:p w0rd-of-mine") as address:
-        monkeypatch.setenv(name, f"http://me:p%20w0rd-of-mine@{address}")
+        scheme = "http://" * (name != "https_proxy")  # curl needs none
+        monkeypatch.setenv(name, f"{scheme}me:p%20w0rd-of-mine@{address}")
         done = company.succeed("-vv", *QUICK)
     hosts = {b"CONNECT api.hedra.test:443", b"CONNECT files.hedra.test:443"}
     assert {b" ".join(head.split()[:2]) for head in heads} == hosts
@@ -2104,7 +2107,7 @@ def test_a_folder_may_hold_texts_with_voices_of_their_own_and_a_recording_wins(w
     for name, text in (("news", TEXT), ("both", "Not me."), ("ines", "Hola."), ("NEWS", "LOUD")):
         (folder / f"{name}.say.txt").write_text(text)
     (folder / "NEWS.say.txt").rename(folder / "Loud.SAY.TXT")
-    (folder / "ines.voice.txt").write_text("Inés\n")
+    (folder / "ines.voice.txt").write_text("Ine\u0301s\n")  # as macOS writes it
     (folder / "news.txt").write_text("nods")
     world.batch(HEDRA_VOICE="Jonnas").fails("Jonas")
     assert world.verbs.count("voices") == 1, "once for all texts"
@@ -2115,6 +2118,8 @@ def test_a_folder_may_hold_texts_with_voices_of_their_own_and_a_recording_wins(w
     assert sorted(one.prompt for one in world.bought())[-1] == "nods"
     count = world.costly
     assert world.batch(HEDRA_VOICE="Jonas").status == 0
+    run = ("run", "--say", "@batch/ines.say.txt", "--img", "friend.png", "--out", "output/ines.mp4")
+    assert world.call(*run, HEDRA_VOICE="Jonas").status == 0  # the clip's own, as in a folder
     assert world.costly == count
 
 
@@ -2804,10 +2809,14 @@ def test_events_touches_and_restarts_cost_nothing_and_new_content_is_a_new_clip(
 def test_what_fails_for_good_is_told_once_and_does_not_end_the_watcher(watch):
     watch.world.box.fail_with = {"type": "GONE", "message": "No face"}
     (watch.folder / "bad.wav").write_bytes(b"no sound at all" * 9)
+    (watch.folder / "link.wav").symlink_to("nowhere")
+    face = watch.world.img.rename("elsewhere.png")
 
     def story():
         watch.drop("anna.wav")
-        watch.until(lambda: watch.lines("anna: failed") and watch.lines("bad: failed"))
+        watch.until(lambda: len(watch.lines("friend.png does not exist")) == 3)
+        face.rename(watch.world.img)  # each is looked at again when that comes
+        watch.until(lambda: all(map(watch.lines, ("No face", "bad.wav", "link.wav"))))
         watch.world.box.fail_with = None
         watch.drop("ben.wav")
         watch.wait_for("ben")
@@ -2939,10 +2948,11 @@ def test_what_cannot_work_is_refused_by_name_and_as_json_before_anything_is_sent
     """Every failure with --json is an object."""
     spoil, words = BAD[what]
     flags = spoil(world)
-    told = world.run(*(flags if isinstance(flags, list) else []), "--json").fails(words)
-    (row,) = told.rows
-    assert (row["status"], row["path"], row["paid"]) == ("failed", None, False)
-    assert (len(told.err.splitlines()), words in row["error"], world.costly) == (1, True, 0)
+    for more in (["--json"], ["--json", "--dry-run"]):
+        told = world.run(*(flags if isinstance(flags, list) else []), *more).fails(words)
+        (row,) = told.rows
+        assert (row["status"], row["path"], row["paid"]) == ("failed", None, False)
+        assert (len(told.err.splitlines()), words in row["error"], world.costly) == (1, True, 0)
 
 
 WRONG_SETTINGS = [
@@ -3001,9 +3011,9 @@ def test_credits_tells_the_balance_and_whether_it_is_enough(world, flags, status
     shown = {"v2": "10000 credits\n", "v3": "$100.00\n"}[world.version]
     assert (told.status, told.out, world.verbs) == (status, shown, ["balance"])
     assert not status or told.fails({"v2": "100000 credits", "v3": "$100000.00"}[world.version])
-    row = world.call("credits", "--json", "--workspace", sandbox.WORKSPACE).rows[0]
+    row = world.call("credits", *flags, "--json", "--workspace", sandbox.WORKSPACE).rows[0]
     wanted = {"v2": (10_000, "credits"), "v3": (100.0, "USD")}[world.version]
-    assert (row["remaining"], row["unit"]) == wanted
+    assert (row["remaining"], row["unit"], "error" in row) == (*wanted, bool(status))
 
 
 # ---- command line: on a terminal ----------------------------------------------------------------
@@ -3344,7 +3354,7 @@ def make(world: World, *words: str, quick: bool = True, **environ: str) -> tuple
 @only_v2
 def test_make_builds_every_kind_of_clip_once_and_then_only_what_changed(shop):
     anna, ben = shop.fill("anna", "ben")
-    own, prompt = write_png(anna.with_suffix(".png"), 99), ben.with_suffix(".txt")
+    own, prompt = write_png(anna.with_suffix(".PNG"), 99), ben.with_suffix(".TXT")
     prompt.write_text("waves")
     (anna.parent / "memo.m4a").write_bytes(SOUNDS["m4a"])
     (anna.parent / "news.say.txt").write_text(TEXT)
@@ -3362,7 +3372,7 @@ def test_make_builds_every_kind_of_clip_once_and_then_only_what_changed(shop):
     assert make(shop, *again)[::2] == (0, 1)
     assert make(shop, *again)[::2] == (0, 0)
     assert len(shop.bought()) == 4
-    write_wav(anna, seed=50)
+    write_png(own, 98)
     prompt.write_text("nods")
     assert make(shop, *again)[::2] == (0, 2)
     assert len(shop.bought()) == 6
