@@ -757,8 +757,8 @@ def error_words(body: Any) -> tuple[Reply, str]:
 HINTS = {  # by the status and the server's words: what a person can do
     "3": "redirects are not followed with a key; check HEDRA_BASE_URL",
     "401": "check HEDRA_API_KEY: a v3 key is id:secret, a v2 key has no colon",
-    "402.*available: 0": "nothing was paid; with credits on the dashboard set HEDRA_WORKSPACE_ID",
-    "402": "nothing was paid; add funds and run the same command again",
+    "402.*available: 0": "with credits on the dashboard set HEDRA_WORKSPACE_ID",
+    "402": "add funds and run the same command again",
     "403.*scope": "make a key with that scope in Hedra's developer console",
     "403.*plan": "the plan of this account has no API access: change it at Hedra",
     "403": "if the account has moved to the new API, make a key with a colon (id:secret) there",
@@ -1664,7 +1664,7 @@ class JobsApi:
                         if status.state in ENDED:
                             break
                         yield status
-        if status.state not in ENDED:
+        if status.state != COMPLETE:  # of a failure a poll has the last word
             for status in iter_polls(self, job_id, interval_s, grace_s):
                 yield status
         result = self.result(job_id)  # the stream's connection is free by now
@@ -1961,8 +1961,9 @@ class Ledger:
             record.text("content_type"), int(record.number("size_bytes") or 0),
             record.number("seconds"), record.text("digest"),
         )
-        timed = kind == "image" or media.seconds is not None
-        known = sign and record.text("signature") == sign and media.digest and timed
+        timed = kind == "image" or MIN_SECONDS <= (media.seconds or 0) <= MAX_SECONDS
+        known = bool(timed and re.fullmatch("[0-9a-f]{32}", media.digest))
+        known &= bool(sign) and record.text("signature") == sign
         if not known or not media.content_type.startswith(kind):
             media = inspect_file(file, kind)._replace(digest=content_digest(file))
             if sign != signature(name):
@@ -2019,10 +2020,13 @@ class Ledger:
                 draft = kept.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
                 self.kept.mkdir(exist_ok=True)
                 try:
-                    os.link(clip.target, draft)
-                except OSError:  # on another disk
-                    shutil.copyfile(clip.target, draft)
-                publish(draft, kept)
+                    try:
+                        os.link(clip.target, draft)
+                    except OSError:  # on another disk
+                        shutil.copyfile(clip.target, draft)
+                    publish(draft, kept)
+                finally:
+                    draft.unlink(missing_ok=True)
                 return kept
         return None
 
@@ -2173,7 +2177,7 @@ class Studio:
         self.account, self.timeout_s, self.interval_s = api.http.account, timeout_s, interval_s
         self.ledger = Ledger(self.account.cache, self.http.sleep, view.say)
         self.asked = {VIDEO: model, SPEECH: speech_model}
-        self.model = functools.cache(api.model)
+        self.ask_anew()
         self.lock, self.turn = threading.RLock(), threading.Lock()
         self.unread = dict[str, float]()  # until when not to ask again
         self.forgotten = set[str]()  # files that Hedra no longer knows
@@ -2181,11 +2185,15 @@ class Studio:
 
     # -- plan: what each clip is, what it needs and what it costs
 
+    def ask_anew(self) -> None:
+        """Models and voices are looked up once a plan."""
+        self.model, self.voices = functools.cache(self.api.model), functools.cache(self.api.voices)
+
     def plan(self, clips: Sequence[Clip]) -> None:
         """Check the files of some clips, judge what each needs, and price what is new. A clip that
         cannot work has an `error` afterwards. Raises HedraError where nothing can."""
         targets: dict[str, Clip] = {}
-        self.voices = functools.cache(self.api.voices)  # asked once a plan
+        self.ask_anew()
         for clip in [clip for clip in clips if not clip.error]:
             with self.blamed(clip):
                 (self.identify_speech if clip.kind == SPEECH else self.identify)(clip)
@@ -2407,8 +2415,15 @@ class Studio:
                 part.price = price if price is not None and price >= 0 else None
 
     def price(self, part: Clip) -> float | None:
-        """The price of a video or a speech; raises InputError for what its model cannot do."""
-        age_s = MODEL_AGE_S if self.cap is None else 0.0  # a cap is a promise: today's price
+        """The price of a video or a speech; raises InputError for what its model cannot do, by
+        what the catalogue says today. A cap is a promise: today's price as well."""
+        if self.cap is None:
+            with contextlib.suppress(InputError):
+                return self.price_by(part, MODEL_AGE_S)
+        return self.price_by(part, 0.0)
+
+    def price_by(self, part: Clip, age_s: float) -> float | None:
+        """The same by a catalogue that may be so many seconds old."""
         part.model = self.model(self.asked[part.kind], kind=part.kind, max_age_s=age_s)
         model, name, seconds = part.model, part.model.name or part.model.id, part.seconds
         for wish, offered, flag in (
@@ -2531,7 +2546,10 @@ class Studio:
         waiting = functools.partial(self.view.state, clip, "waiting", "it is made elsewhere")
         mine = self.ledger.own(f"clip {clip.key}", waiting)
         with mine, self.ledger.own(f"target {clip.place}", refuse):
-            yield
+            try:
+                yield
+            finally:
+                self.http.waiting.discard(clip.generation_id)
 
     def begin_take(self, clip: Clip) -> None:
         """Take up the take that is about to be submitted: a new one, with a random name, where the
@@ -2647,19 +2665,22 @@ class Studio:
         """The id of the generation, and whether this very submit made it. After an answer that
         leaves open what happened, look before another."""
         faults, lost, renewed = 0, False, False
+        in_doubt = clip.state == DOUBT and self.api.replays  # it may be paid already
         while True:
             self.prepare(clip)
             try:
-                return self.submit_in_turn(clip), True
+                return self.submit_in_turn(clip, in_doubt=lost or in_doubt), True
+            except (Stopped, StillRunning):  # before anything went out
+                if not (lost or in_doubt):
+                    clip.record.save(state=NEW)
+                raise
             except ApiError as error:
                 lost = lost or (error.ambiguous and error.status != 409)
                 if error.ambiguous and (found := self.look(clip)):
                     return found, lost  # else it was there before this submit
-                if not error.ambiguous and not lost:
-                    if clip.state != DOUBT or not self.api.replays:  # else it may be paid already
-                        clip.record.save(state=NEW)
-                    if clip.state != DOUBT and "nothing was paid" not in str(error):
-                        error.add(f"nothing was paid for the {clip.kind}")
+                if not (error.ambiguous or lost or in_doubt):
+                    clip.record.save(state=NEW)
+                    error.add(f"nothing was paid for the {clip.kind}")
                 if not renewed and (renewed := self.renew(clip, error)):
                     continue
                 faults += error.status != 429  # which is waited for, whoever says it
@@ -2681,7 +2702,7 @@ class Studio:
             DEADLINE.set(min(self.deadline, time.monotonic() + self.timeout_s))
         self.http.sleep(0.0)
 
-    def submit_in_turn(self, clip: Clip) -> str:
+    def submit_in_turn(self, clip: Clip, *, in_doubt: bool) -> str:
         """One submit; raises ApiError. Of those that a limit of the account refuses one at a time
         waits and tries again, so that it takes the place of a generation that has ended; after a
         few refusals another does, as they may be of this clip alone."""
@@ -2695,6 +2716,8 @@ class Studio:
                     if error.ambiguous or (error.retry_after or 0.0) >= http.longest_s():
                         raise
                     refusals, refusal = refusals + 1, error
+                    if not in_doubt:
+                        clip.record.save(state=NEW)
                 if mine and refusals % 3 == 0:
                     self.turn.release()
                     mine = False
@@ -2703,6 +2726,7 @@ class Studio:
                     mine, running = self.turn.acquire(timeout=0.2), {*http.waiting}
                     self.be_patient()
                 self.await_place(clip, refusal, running, refusals)
+                clip.record.save(sync=True, state="intent")
         finally:
             if mine:
                 self.turn.release()
@@ -2761,6 +2785,7 @@ class Studio:
     def accept(self, clip: Clip, generation_id: str, *, paid: bool) -> None:
         """Hedra has the generation: from here on it is paid for, and must not be forgotten."""
         clip.paid, take = paid, clip.record
+        self.http.waiting.add(generation_id)  # it has a place, as who is refused must know
         take.save(sync=True, **{
             **self.about(clip), "state": "submitted", "generation_id": generation_id,
             "submitted_at": take.number("submitted_at") or time.time(),
@@ -2782,7 +2807,9 @@ class Studio:
         if not clip.paid:
             detail = f"generation {clip.generation_id}, already paid"
             self.view.state(clip, "found", detail, note="already paid")
-        if clip.record.text("state") != "done":
+        # The id of one that was delivered may be unknown as well: the web API tells for nothing.
+        here = self.api.replays or self.ledger.find(clip, nearby=True)
+        if clip.record.text("state") != "done" or not here:
             with clip.timed("waiting"):
                 url = self.await_end(clip).url
         alone = [clip] if self.deadline < math.inf and clip.kind == VIDEO else []
@@ -2816,6 +2843,8 @@ class Studio:
     def watch(self, clip: Clip, grace_s: float) -> Status:
         """Look at a generation until it has ended; raises StillRunning, ApiError."""
         name, status, http = clip.generation_id, Status(QUEUED), self.http
+        if not name:
+            raise ApiError(f"the ledger has lost the id of {clip.name}", status=404)
         http.waiting.add(name)
         try:
             for status in self.api.iter_status(name, self.interval_s, grace_s):
@@ -2921,7 +2950,8 @@ class Studio:
         for one alone while it is downloaded."""
         parts = [part for clip in clips for part in clip.parts if not part.is_settled]
         asked = [part for part in parts if part.billed is None]
-        limit = self.http.until(time.monotonic() + min(30.0, self.timeout_s))
+        most_s = min(30.0, self.timeout_s, self.account.silence_s)
+        limit = self.http.until(time.monotonic() + most_s)
         with contextlib.suppress(HedraError, OSError), limit:
             names = dict.fromkeys(part.generation_id for part in asked)
             ask = functools.partial(self.api.find_all, list(names))
@@ -3159,6 +3189,12 @@ def beside(source: Path, suffixes: Sequence[str], names: Names) -> list[Path]:
     wanted = [stem + suffix for suffix in suffixes]
     found = [names.get(name) or names.get(name.lower()) for name in wanted]
     return [source.parent / name for name in found if name and name != source.name]
+
+
+def files_of(folder: Path, sources: Sequence[str], names: Names) -> list[Path]:
+    """The recordings or the text of a clip, and what lies beside them."""
+    files = [folder / name for name in sources]
+    return files + beside(files[0], (*IMAGE_SUFFIXES, ".txt", ".voice.txt"), names)
 
 
 def source_names(names: Names) -> dict[str, list[str]]:
@@ -3460,9 +3496,22 @@ def look_at(file: Path | str) -> str:
     return "-"
 
 
-def still_s(name: str) -> float:
+def still_s(file: Path) -> float:
     """How long a file has to be without a change, as it may still be being written."""
-    return LONG_STILL_S if name.lower().endswith(ENDLESS) else STILL_S
+    return LONG_STILL_S if file.name.lower().endswith(ENDLESS) else STILL_S
+
+
+def restless(folder: Path) -> dict[str, float]:
+    """The clips of a folder whose files, by their times, may still be being written, and for how
+    many seconds they are to be left alone."""
+    names, found = folder_names(folder), dict[str, float]()
+    for stem, sources in source_names(names).items():
+        for file in files_of(folder, sources, names):
+            with contextlib.suppress(OSError):
+                age_s = time.time() - os.stat(file).st_mtime
+                if 0 <= age_s < still_s(file):
+                    found[stem] = max(found.get(stem, 0.0), still_s(file) - age_s)
+    return found
 
 
 class Wait:
@@ -3549,15 +3598,14 @@ class Watcher:
         found = source_names(names)
         self.waits = {stem: w for stem, w in self.waits.items() if stem in found or w.busy}
         for stem, sources in found.items():
-            files, wait = [self.folder / name for name in sources], self.waits.get(stem)
-            around = beside(files[0], (*IMAGE_SUFFIXES, ".txt", ".voice.txt"), names)
-            sign = " ".join(map(look_at, files + around))
+            files, wait = files_of(self.folder, sources, names), self.waits.get(stem)
+            sign = " ".join(map(look_at, files))
             changed = wait and wait.is_final and wait.portrait != self.portrait
             if not wait or ((changed or wait.sign != sign) and not wait.busy):
-                rest_s = max(still_s(str(file)) for file in files + around)
+                rest_s = max(map(still_s, files))
                 wait = self.waits[stem] = Wait(sign, now + rest_s, wait.why if wait else "")
             if now >= wait.due and not wait.busy:
-                clip = folder_clip(files, self.args, names)
+                clip = folder_clip(files[: len(sources)], self.args, names)
                 wait.busy, wait.due, wait.portrait = True, math.inf, self.portrait
                 self.pool.submit(self.work, clip, wait)
 
@@ -3671,34 +3719,23 @@ def cmd_run(command: Command) -> int:
     return command.batch([clip_of(source, args, names, text)])
 
 
-def cmd_batch(command: Command) -> int:
-    """A folder of clips."""
+def cmd_batch(command: Command, unfinished: Iterable[str] = ()) -> int:
+    """A folder of clips, some of which may be unfinished."""
     folder, view = Path(command.args.folder), command.view
     names = folder_names(folder)
     clips = [
         folder_clip([folder / name for name in sources], command.args, names)
         for sources in source_names(names).values()
     ]
+    for clip in clips:
+        if clip.name in unfinished:
+            clip.error, clip.state = InputError("it is still being written; run it again"), BAD
     if text := ignored_text(names):
         view.say(text)
     if not clips:
         kinds = ", ".join(SOUND_SUFFIXES)
         view.say(f"{folder} holds no recording ({kinds}) and no x{SAY_SUFFIX}")
     return command.batch(clips)
-
-
-def await_rest(command: Command) -> None:
-    """Wait until nothing in the folder is being written, as far as its files' times tell."""
-    folder, until = Path(command.args.folder), time.monotonic() + command.args.timeout
-    while time.monotonic() < until:
-        left_s = 0.0
-        for name in folder_names(folder).values():
-            with contextlib.suppress(OSError):
-                age_s = time.time() - os.stat(folder / name).st_mtime
-                left_s = max(left_s, still_s(name) - age_s if age_s >= 0 else 0.0)
-        if not left_s:
-            return
-        command.studio.http.sleep(left_s)
 
 
 def cmd_watch(command: Command) -> int:
@@ -3708,8 +3745,10 @@ def cmd_watch(command: Command) -> int:
     if not (args.img or args.fallback):
         view.say("warning: no --img and no FRIEND_IMG: only clips with a portrait beside them")
     if args.once:
-        await_rest(command)
-        return cmd_batch(command)
+        until = time.monotonic() + STUCK_S
+        while (found := restless(Path(args.folder))) and time.monotonic() < until:
+            command.studio.http.sleep(max(found.values()))
+        return cmd_batch(command, found)
     watcher = Watcher(command)
     module = need("watchdog.observers" + (".polling" if args.polling else ""))
     observer = module.PollingObserver() if args.polling else module.Observer()

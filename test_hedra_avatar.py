@@ -1301,7 +1301,8 @@ def test_a_stream_that_is_cut_is_taken_up_behind_its_last_event(clock, server, e
     ("status", "body", "kind"),
     [(status, "<h1>no</h1>", "text/html") for status in (404, 429, 200)]
     + [(200, frame(1, "IN_QUEUE") + "data: x\n" * 150_000, "text/event-stream")]
-    + [(200, "event: status\ndata: [5]\n\n", "text/event-stream")],
+    + [(200, "event: status\ndata: [5]\n\n", "text/event-stream")]
+    + [(200, frame(1, "FAILED"), "text/event-stream")],
 )
 def test_without_a_stream_the_job_is_polled(clock, server, environ, status, body, kind):
     server.expect_request("/jobs/job_1/stream").respond_with_data(body, status, content_type=kind)
@@ -1678,6 +1679,10 @@ AFTERWARDS = {
     "the record is no text, the video gone": damage(b"\xff\0\xfe", "clips", gone=True),
     "the rest of the cache is nonsense": damage(b"x\n\0 x", *REST),
     "the rest of the cache is wrong": damage(b'{"ref": 5, "digest": []}', *REST),
+    "a digest is none": damage(lambda raw: raw.replace(b'"digest": "', b'"digest": "x'), "files"),
+    "an id is wrong, the video gone": damage(
+        lambda raw: re.sub(rb'(generation_id": )"[^"]*', rb'\1"oops', raw), "clips", gone=True
+    ),
 }
 
 
@@ -2582,7 +2587,10 @@ def test_the_limits_of_the_account_slow_a_batch_down_and_fail_nothing(world):
     names = [f"{n:02}" for n in range(8)]
     world.fill(*names)
     world.box.render_seconds, world.box.concurrency, world.box.rate = 60.0, 1, (5, 5.0)
-    world.batch("--jobs", "8", "-q").works()
+    assert world.batch("--jobs", "8", "--timeout", "30").status == 1
+    before, told = len(world.bought()), world.batch("--jobs", "8", "--json").works()
+    assert sum(row["paid"] for row in told.rows) == len(names) - before
+    assert "looking" not in told.err, "who waits for a place is in no doubt"
     world.check_all_paid(*names)
     assert sum(c.verb == "upload" and c.status != 429 for c in world.box.log) == 9
     assert any(call.status == 429 for call in world.box.log), "the limits were not met"
