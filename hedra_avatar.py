@@ -72,7 +72,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar, copy_context
 from importlib import import_module
 from pathlib import Path
@@ -349,8 +349,11 @@ def open_regular(file: Path) -> Iterator[io.BufferedReader]:
 
 
 def signature(file: Path | str) -> str:
-    """What changes when a file does: size, times and inode."""
-    stat = os.stat(file)
+    """What changes when a file does: size, times and inode; "" where there is none."""
+    try:
+        stat = os.stat(file)
+    except OSError:
+        return ""
     return f"{stat.st_size}.{stat.st_mtime_ns}.{stat.st_ctime_ns}.{stat.st_ino}"
 
 
@@ -1879,7 +1882,25 @@ def open_view(quiet: bool = False, verbose: bool = False) -> View:
     return View() if quiet else View(where, verbose)
 
 
-# ---- ledger: Ledger -----------------------------------------------------------------------------
+# ---- ledger: hidden, copy_video, Ledger ---------------------------------------------------------
+
+def hidden(target: Path, of: str = "") -> Path:
+    """A hidden file beside a target, with a name that is short however long the target's is."""
+    return target.with_name(f".{digest_of(target.name, of)[:16]}.part")
+
+
+def copy_video(source: Path | str, target: Path, digests: Collection[str]) -> bool:
+    """Copy a video to its place, whole and synced, or not at all; whether it is one of those: by
+    then another may have come to where it lay."""
+    part = hidden(target, f"{os.getpid()} {threading.get_ident()}")
+    try:
+        shutil.copyfile(source, part)
+        if is_it := video_digest(part) in digests:
+            publish(part, target)
+        return is_it
+    finally:
+        part.unlink(missing_ok=True)
+
 
 @functools.cache
 def lock_file(path: Path) -> int:
@@ -1951,9 +1972,8 @@ class Ledger:
     def media(self, file: Path, kind: Kind) -> Media:
         """What a file is, with its digest; read only if it has changed since the last time, or its
         duration, which an ffprobe might tell by now, is not known. Raises InputError."""
-        name, sign = os.path.abspath(file), ""
-        with contextlib.suppress(OSError):
-            sign = signature(name)
+        name = os.path.abspath(file)
+        sign = signature(name)
         if media := self.seen.get((kind, name, sign)):
             return media
         record = self.load("files", digest_of(name))
@@ -1991,7 +2011,8 @@ class Ledger:
         files |= {digest: f"{self.kept}/{digest}.mp4" for digest in digests}
         for place, file in files.items():
             with contextlib.suppress(OSError, InputError):
-                if seen.text(place) == signature(file) or video_digest(Path(file)) in digests:
+                is_it = seen.text(place) == (signature(file) or "gone")
+                if is_it or video_digest(Path(file)) in digests:
                     return file
         return ""
 
@@ -2016,18 +2037,9 @@ class Ledger:
         with contextlib.suppress(FileNotFoundError, InputError):
             digest = video_digest(clip.target)
             if digest not in clip.record.part("videos").values.values() and self.is_ours(digest):
-                kept = self.kept / f"{digest}.mp4"
-                draft = kept.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
                 self.kept.mkdir(exist_ok=True)
-                try:
-                    try:
-                        os.link(clip.target, draft)
-                    except OSError:  # on another disk
-                        shutil.copyfile(clip.target, draft)
-                    publish(draft, kept)
-                finally:
-                    draft.unlink(missing_ok=True)
-                return kept
+                copy_video(clip.target, self.kept / f"{digest}.mp4", {digest})
+                return self.kept / f"{digest}.mp4"
         return None
 
     def clips(self) -> list[str]:
@@ -2038,12 +2050,7 @@ class Ledger:
         return []
 
 
-# ---- downloading: hidden, Download --------------------------------------------------------------
-
-def hidden(target: Path, of: str = "") -> Path:
-    """A hidden file beside a target, with a name that is short however long the target's is."""
-    return target.with_name(f".{digest_of(target.name, of)[:16]}.part")
-
+# ---- downloading: Download ----------------------------------------------------------------------
 
 class Download:
     """Brings what was made for a clip to its target, whole and synced, or not at all. It grows in
@@ -2906,19 +2913,12 @@ class Studio:
 
     def copy(self, clip: Clip, *, nearby: bool = False) -> bool:
         """Copy the result from where it lies on this disk: whole and synced, or not at all."""
-        part, digests = hidden(clip.target, "copy"), clip.record.part("videos").values.values()
+        digests = clip.record.part("videos").values.values()
         for _ in range(3):
             if not (there := self.ledger.find(clip, nearby=nearby)):
                 break
-            try:
-                if there == clip.place:
-                    return True
-                shutil.copyfile(there, part)
-                if video_digest(part) in digests:  # else another clip has just come to that place
-                    publish(part, clip.target)
-                    return True
-            finally:
-                part.unlink(missing_ok=True)
+            if there == clip.place or copy_video(there, clip.target, digests):
+                return True
         return False
 
     def download(self, clip: Clip, url: str) -> None:
@@ -3489,13 +3489,6 @@ RESCAN_S = 60.0  # events can be lost
 PAUSES_S = (15.0, 300.0)  # between two tries: the first and the longest
 
 
-def look_at(file: Path | str) -> str:
-    """The signature of a file, "-" where there is none."""
-    with contextlib.suppress(OSError):
-        return signature(file)
-    return "-"
-
-
 def still_s(file: Path) -> float:
     """How long a file has to be without a change, as it may still be being written."""
     return LONG_STILL_S if file.name.lower().endswith(ENDLESS) else STILL_S
@@ -3560,7 +3553,7 @@ class Watcher:
                 there = os.stat(f"{self.folder}/").st_ino  # the slash: of a folder only
             if there != inode:
                 inode, rescan_at = self.attach(observer, there), 0.0
-            if (portrait := look_at(self.args.img or self.args.fallback)) != self.portrait:
+            if (portrait := signature(self.args.img or self.args.fallback)) != self.portrait:
                 self.portrait = portrait
                 self.bell.set()
             now = time.monotonic()
@@ -3599,7 +3592,7 @@ class Watcher:
         self.waits = {stem: w for stem, w in self.waits.items() if stem in found or w.busy}
         for stem, sources in found.items():
             files, wait = files_of(self.folder, sources, names), self.waits.get(stem)
-            sign = " ".join(map(look_at, files))
+            sign = " ".join(map(signature, files))
             changed = wait and wait.is_final and wait.portrait != self.portrait
             if not wait or ((changed or wait.sign != sign) and not wait.busy):
                 rest_s = max(map(still_s, files))
