@@ -2725,6 +2725,8 @@ class Studio:
                     refusals, refusal = refusals + 1, error
                     if not in_doubt:
                         clip.record.save(state=NEW)
+                    self.view.state(clip, "waiting for a place", error.words)
+                    http.count("retries")
                 if mine and refusals % 3 == 0:
                     self.turn.release()
                     mine = False
@@ -2732,20 +2734,15 @@ class Studio:
                 while not mine:
                     mine, running = self.turn.acquire(timeout=0.2), {*http.waiting}
                     self.be_patient()
-                self.await_place(clip, refusal, running, refusals)
+                self.await_place(refusal, running, refusals)
                 clip.record.save(sync=True, state="intent")
         finally:
             if mine:
                 self.turn.release()
 
-    def await_place(
-        self, clip: Clip, error: RateLimited, running: set[str], refusals: int
-    ) -> None:
+    def await_place(self, error: RateLimited, running: set[str], refusals: int) -> None:
         """Wait after a refusal: until it is over, or one of the generations that ran has ended."""
-        http = self.http
-        self.view.state(clip, "waiting for a place", error.words)
-        http.count("retries")
-        words, alone = error.words.lower(), not http.waiting
+        http, words, alone = self.http, error.words.lower(), not self.http.waiting
         if re.search(r"\brate\b|\brequests\b", words) or (alone and "concurren" not in words):
             http.pace.refused(error)  # alone, and refused: it is the rate
         else:
