@@ -2811,7 +2811,7 @@ class Studio:
         if not clip.paid:
             detail = f"generation {clip.generation_id}, already paid"
             self.view.state(clip, "found", detail, note="already paid")
-        # The id of one that was delivered may be unknown as well: the web API tells for nothing.
+        # What was delivered, and is not on this disk, may have lost its id: v2 tells for nothing.
         here = self.api.replays or self.ledger.find(clip, nearby=True)
         if clip.record.text("state") != "done" or not here:
             with clip.timed("waiting"):
@@ -2825,13 +2825,14 @@ class Studio:
     def await_end(self, clip: Clip) -> Status:
         """Wait for the end; a generation that is not known leads back to what was reserved. Raises
         GenerationFailed, StillRunning."""
-        for grace_s in (0.0, GRACE_S):
+        delivered = clip.record.text("state") == "done"
+        for again in (False, True):
             try:
-                status = self.watch(clip, grace_s)
+                status = self.watch(clip, GRACE_S if again and not delivered else 0.0)
                 break
             except ApiError as error:
                 # 400 and 422 are of an id that could be none of Hedra's.
-                if error.status not in (400, 404, 422) or error.ambiguous or grace_s:
+                if error.status not in (400, 404, 422) or error.ambiguous or again:
                     raise self.gone(clip, error) from error
                 if clip.reserved:
                     self.trace(clip)
