@@ -1890,9 +1890,9 @@ def hidden(target: Path, of: str = "") -> Path:
 
 
 def copy_video(source: Path | str, target: Path, digests: Collection[str]) -> bool:
-    """Copy a video to its place, whole and synced, or not at all; whether it is one of those: by
-    then another may have come to where it lay."""
-    part = hidden(target, f"{os.getpid()} {threading.get_ident()}")
+    """Copy a video to a place that is ours, whole and synced, or not at all; whether it is one of
+    those: by then another may have come to where it lay."""
+    part = hidden(target, "copy")
     try:
         shutil.copyfile(source, part)
         if is_it := video_digest(part) in digests:
@@ -2038,8 +2038,10 @@ class Ledger:
             digest = video_digest(clip.target)
             if digest not in clip.record.part("videos").values.values() and self.is_ours(digest):
                 self.kept.mkdir(exist_ok=True)
-                copy_video(clip.target, self.kept / f"{digest}.mp4", {digest})
-                return self.kept / f"{digest}.mp4"
+                kept = self.kept / f"{digest}.mp4"
+                with self.own(f"kept {digest}", lambda: None):
+                    copy_video(clip.target, kept, {digest})
+                return kept
         return None
 
     def clips(self) -> list[str]:
