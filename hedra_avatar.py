@@ -101,7 +101,6 @@ ASPECT_RATIOS = ("9:16", "16:9", "1:1", "4:3", "3:4", "9:21", "21:9")
 CONNECT_TIMEOUT_S = 10.0
 SILENCE_TIMEOUT_S = 60.0  # without an answer, or without progress in a download
 TRIES, SUBMIT_TRIES = 5, 6  # of one request, the first included
-PATIENCE = 40  # refusals for rate in a row, where no deadline says when to stop
 POLL_TRIES = 15  # in a row, before waiting for a generation is given up
 GRACE_S = 30.0  # after a submit, a status of 404 may still mean "not yet"
 FORCE_AFTER_S = 3600.0  # a take in flight that is younger is taken up by --force as well
@@ -184,6 +183,8 @@ class GenerationFailed(HedraError):
 
 class StillRunning(HedraError, TimeoutError):
     """The time given was over first. What is at work at Hedra goes on and is not lost."""
+
+    retryable = True
 
 
 def explain(error: BaseException) -> str:
@@ -907,7 +908,7 @@ class Clip:
     @property
     def is_estimate(self) -> bool:
         """Whether its length, and so its price, is known only when its speech is there."""
-        unheard = bool(self.speech) and not self.recording.size_bytes
+        unheard = bool(self.speech) and self.recording.seconds is None
         return self.kind == SPEECH or (unheard and "duration_ms" not in self.settings)
 
     @property
@@ -1283,11 +1284,20 @@ class Transport:
 
     def repeat(self, attempt: Callable[[], T], tries: int = TRIES, delay: float = 1.0) -> T:
         """Repeat a harmless request: a few times after faults, patiently while refused for rate."""
-        again = functools.partial(
-            retry, max_retry_after=math.inf, max_delay=10.0, sleep=self.sleep,
-            on_retry=self.before_retry,
+        faults, until = 0, time.monotonic() + self.longest_s()
+
+        def before_retry(error: ApiError, wait_s: float) -> None:
+            nonlocal faults
+            faults += not isinstance(error, RateLimited)
+            if faults >= tries or time.monotonic() + wait_s > until:
+                raise error
+            self.before_retry(error, wait_s)
+
+        again = retry(
+            ApiError, 1_000_000, delay, max_retry_after=math.inf, max_delay=10.0, sleep=self.sleep,
+            on_retry=before_retry,
         )
-        return again(ApiError, tries, delay)(again(RateLimited, PATIENCE, 0)(attempt))()
+        return again(attempt)()
 
     def call(self, method: str, path: str, body: Any = None) -> Reply:
         """An API request that may be repeated without harm."""
@@ -1425,7 +1435,8 @@ class WebApi:
         model = self.listed(asked, kind)
         if model.id and parse_price(model.row, 1.0, "540p") is not None:
             memo.values[name] = {"at": int(time.time()), "model": model.row.values}
-            memo.save()
+            with contextlib.suppress(OSError):  # the cache of another user of the group
+                memo.save()
         return model
 
     def listed(self, asked: str, kind: str) -> Model:
@@ -2263,35 +2274,41 @@ class Studio:
         if not re.search(r"\w", clip.prompt) or len(clip.prompt) > limit:
             size = f"{len(clip.prompt):,} characters, and {model or 'Hedra'} speaks 1 to {limit:,}"
             raise InputError(f"the text of {clip.name} has {size}; nothing was sent")
-        clip.voice = self.voice(clip.voice)
+        keys = {
+            voice: digest_of("speech", clip.prompt, voice, model, self.account.id)
+            for voice in self.voice_ids(clip.voice)
+        }
+        made = (voice for voice in keys if self.ledger.load("clips", keys[voice]).values)
+        clip.voice = next(made, "") or self.voice(clip.voice)
         clip.key = digest_of("speech", clip.prompt, clip.voice, model, self.account.id)
         if not clip.target.name:
             clip.target = self.ledger.speeches / f"{clip.key}.audio"
 
     @property
     def voice_names(self) -> Record:
-        """The ids of the voices that were asked for by name."""
+        """The ids that voices have had, by their names."""
         return self.ledger.load("voices", digest_of(self.account.id, self.asked[SPEECH]))
 
+    def voice_ids(self, asked: str) -> list[str]:
+        """What a voice was known as: what it has said stays said, though it has a new id today."""
+        return self.voice_names.part("names").texts(plain_name(asked)) if asked else []
+
     def voice(self, asked: str) -> str:
-        """The id of a voice that is asked for by name, whatever its case, or id. Names that were
-        found are remembered; raises InputError with the nearest ones."""
+        """The id of a voice that is asked for by name, whatever its case, or id; raises InputError
+        with the nearest ones."""
         if not asked:
             raise InputError("no voice is given: --voice NAME or HEDRA_VOICE (`voices` lists them)")
         if re.fullmatch(f"(voice_)?({UUID_SHAPE.pattern})", asked, re.IGNORECASE):
             return asked.lower()
         import difflib
 
-        wanted = plain_name(asked)
-        memo = self.voice_names
-        if len(known := memo.part("names").texts(wanted)) == 1:
-            return known[0]
-        voices = self.voices(self.asked[SPEECH])
-        named = [voice.id for voice in voices if plain_name(voice.name) == wanted]
-        found = [voice.id for voice in voices if voice.id == asked] or named
+        wanted, voices = plain_name(asked), self.voices(self.asked[SPEECH])
+        named = dict.fromkeys(voice.id for voice in voices if plain_name(voice.name) == wanted)
+        found = [voice.id for voice in voices if voice.id == asked][:1] or list(named)
         if len(found) == 1:
             if UUID_SHAPE.search(found[0]):
-                memo.save(names={**memo.part("names").values, wanted: found})
+                ids, memo = dict.fromkeys([*found, *self.voice_ids(asked)]), self.voice_names
+                memo.save(names={**memo.part("names").values, wanted: list(ids)})
             return found[0]
         if found:
             which = f"voices named {asked!r}: {', '.join(found)}"
@@ -2346,11 +2363,17 @@ class Studio:
             clip.speech.state = self.judge(clip.speech, force=force)
             if clip.speech.state == DONE:
                 self.hear(clip, clip.speech)
+            elif clip.speech.state == REFUSED and needs == NEW:
+                needs = REFUSED
         return needs
 
     def hear(self, clip: Clip, speech: Clip) -> None:
         """The speech of a clip is there: from here on it is a recording like any other."""
-        clip.audio, clip.recording = speech.target, self.ledger.media(speech.target, "audio")
+        try:
+            clip.audio, clip.recording = speech.target, self.ledger.media(speech.target, "audio")
+        except InputError as error:
+            text = f"the {speech.name} makes no video: {error}; change its text"
+            raise InputError(text) from error
 
     def check(self, clip: Clip) -> None:
         """Raise InputError where a result could not, or must not, be written; makes its folder."""
@@ -2528,10 +2551,12 @@ class Studio:
         force, known = self.force and clip.state in OPEN, clip.generation_id
         clip.state = self.judge(clip, force=force, known=known)
         if clip.state == REFUSED:
+            part = next(part for part in clip.parts if part.state == REFUSED)
+            whose = "" if part is clip else "its speech: "
             raise GenerationFailed(
-                f"refused before, and not paid again: {clip.record.text('reason')} (change "
+                f"{whose}refused before, and not paid again: {part.record.text('reason')} (change "
                 "portrait, recording, text or prompt; --force pays for a new take)",
-                generation_id=clip.generation_id,
+                generation_id=part.generation_id,
             )
         unsent = clip.record.text("state") in ("", NEW, "intent")
         doubtful, found = clip.state == DOUBT, clip.found if unsent else ""
@@ -2758,10 +2783,8 @@ class Studio:
         """Whether a refusal may be of files, or of a model, that were there before and are worth
         another try: they are forgotten."""
         words = f"{error.code} {error.words}".lower()
-        if error.status not in (400, 404, 410, 422) or error.retryable or error.ambiguous:
-            return False
-        if clip.kind == SPEECH:  # its voice may have been made anew: the next run looks again
-            self.voice_names.path.unlink(missing_ok=True)
+        is_clear = error.status in (400, 404, 410, 422) and not error.ambiguous
+        if clip.kind == SPEECH or not is_clear or error.retryable:
             return False
         if "model" in words and not re.search("asset|image|audio|keyframe|file", words):
             if self.asked[VIDEO] or self.api.replays:
@@ -2844,7 +2867,10 @@ class Studio:
         if status.state == FAILED:
             text = f"Hedra could not make it: {status.failure} [generation {clip.generation_id}]"
             clip.record.save(state="refused", reason=text, transient=status.transient)
-            raise GenerationFailed(text, generation_id=clip.generation_id)
+            raise GenerationFailed(
+                text, generation_id=clip.generation_id, words=status.failure,
+                retryable=status.transient,
+            )
         return status
 
     def watch(self, clip: Clip, grace_s: float) -> Status:
@@ -3133,8 +3159,9 @@ def wait_and_download(
             with studio.ledger.own(f"target {clip.place}", lambda: None):
                 studio.collect(clip)
     finally:
-        if not hidden(target, generation_id).exists():  # else its ETag is needed to go on
-            clip.record.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if not hidden(target, generation_id).exists():  # else its ETag is needed to go on
+                clip.record.path.unlink(missing_ok=True)
         shown.leave(clip)
         if not view:
             shown.close()

@@ -877,6 +877,10 @@ def test_a_harmless_request_is_repeated_after_a_passing_fault(clock, server, ver
     server.expect_ordered_request(path).respond_with_json(reply)
     assert balance(KEYS[version], HEDRA_BASE_URL=server.url_for("")) == 5
     assert sum(clock.naps) == pytest.approx(24, abs=8)
+    server.expect_request(path).respond_with_data("{}", 429, {"Retry-After": "100"})
+    with pytest.raises(hedra.RateLimited):
+        balance(KEYS[version], HEDRA_BASE_URL=server.url_for(""))
+    assert sum(clock.naps) < 700, "where no deadline says when to stop"
 
 
 def closed_port() -> int:
@@ -958,7 +962,6 @@ def test_an_answer_that_trickles_counts_as_silence_when_its_time_is_up(slow, mon
 
 
 def test_an_early_answer_is_not_the_final_one_nor_that_of_the_next_request(clock):
-    """A 103, and what follows it on the connection."""
     one, two = (HTTP + b'{"remaining": %d}'.ljust(81) % n for n in (1, 2))
     asked = []
     with drip(asked, b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + one, two) as address:
@@ -1515,7 +1518,6 @@ def spoil_json(world, monkeypatch, verb, change):
 
 @pytest.mark.parametrize(("version", "wrong"), [("v2", ".."), ("v2", -1), ("v3", "x"), ("v3", [])])
 def test_a_wrong_id_from_a_submit_leads_back_to_the_reserved_one(world, wrong, monkeypatch):
-    """Once, from a server that is healthy else."""
     wrongs = [wrong]
 
     def change(body):
@@ -1530,7 +1532,6 @@ def test_a_wrong_id_from_a_submit_leads_back_to_the_reserved_one(world, wrong, m
 
 
 def test_an_id_in_the_ledger_that_hedra_does_not_know_leads_back_and_never_to_paying(world):
-    """As a ledger of the first version may have it."""
     world.box.render_seconds = 1e6
     world.run("--timeout", "60").fails("not lost", world.bought()[0].id if world.bought() else "")
     (record,) = world.records()
@@ -2042,7 +2043,7 @@ def test_a_speech_that_no_video_can_have_is_delivered_and_a_voice_made_anew_is_f
     assert (len(world.bought("text_to_speech")), world.bought()) == (1, [])
     world.box.speak = stub_speak
     world.box.voices = [{**one, "id": one["id"][:-1] + "e"} for one in world.box.voices]
-    world.run(say=TEXT).fails("oice")
+    world.run(say="Hi.").fails("0.40 s")  # by the voice that it was
     world.succeed("--out", "output/hello.mp4", say=TEXT, paid=1, speeches=2)
 
 
@@ -2086,6 +2087,7 @@ def test_a_text_that_is_refused_is_told_in_a_line_and_makes_no_video(world, kind
         words = ["by moderation", "nothing was paid"] if kind == "422" else ["No news, please"]
         world.run(say=TEXT).fails(*words)
     assert (len(world.bought("text_to_speech")), world.bought()) == (kind == "failed", [])
+    assert ("refused" in world.run("--dry-run", say=TEXT).out) == (kind == "failed")
     world.box.refuse_texts, world.box.fail_speech_with = (), None
     assert world.run("--force", say=TEXT).status == 0  # a new take of the speech, too
 
@@ -2496,7 +2498,6 @@ def test_a_batch_pays_each_clip_once_and_the_next_one_says_and_asks_nothing(worl
 
 @only_v3
 def test_a_folder_with_one_of_each_kind_is_made_by_batch_each_paid_once(world):
-    """Without ffprobe."""
     folder = world.fill("wave")[0].parent
     for number, (kind, content) in enumerate(SOUNDS.items()):
         (folder / f"{kind}.{kind.upper() if number % 2 else kind}").write_bytes(content)
@@ -2953,7 +2954,6 @@ BAD = {  # what makes a clip that cannot work, and the words of the error
 @pytest.mark.parametrize("what", BAD)
 @only_v2
 def test_what_cannot_work_is_refused_by_name_and_as_json_before_anything_is_sent(world, what):
-    """Every failure with --json is an object."""
     spoil, words = BAD[what]
     flags = spoil(world)
     for more in (["--json"], ["--json", "--dry-run"]):
@@ -3312,7 +3312,6 @@ def test_a_watcher_that_is_stopped_ends_in_time_and_the_next_one_takes_up(live):
 
 @only_v2
 def test_a_cron_job_that_finds_nothing_new_writes_nothing_to_its_log(live):
-    """The line of the README."""
     live.fill("anna")
     assert live.batch(*QUICK).status == 0
     (line,) = re.findall(r"(?m)^\*/15 .*hedra_avatar (.*)$", README)
