@@ -1284,20 +1284,17 @@ class Transport:
 
     def repeat(self, attempt: Callable[[], T], tries: int = TRIES, delay: float = 1.0) -> T:
         """Repeat a harmless request: a few times after faults, patiently while refused for rate."""
-        faults, until = 0, time.monotonic() + self.longest_s()
+        until = time.monotonic() + self.longest_s()
 
         def before_retry(error: ApiError, wait_s: float) -> None:
-            nonlocal faults
-            faults += not isinstance(error, RateLimited)
-            if faults >= tries or time.monotonic() + wait_s > until:
+            if time.monotonic() + wait_s > until:
                 raise error
             self.before_retry(error, wait_s)
 
-        again = retry(
-            ApiError, 1_000_000, delay, max_retry_after=math.inf, max_delay=10.0, sleep=self.sleep,
-            on_retry=before_retry,
+        again = functools.partial(
+            retry, max_retry_after=math.inf, max_delay=10.0, sleep=self.sleep, on_retry=before_retry
         )
-        return again(attempt)()
+        return again(ApiError, tries, delay)(again(RateLimited, 1_000_000, 0)(attempt))()
 
     def call(self, method: str, path: str, body: Any = None) -> Reply:
         """An API request that may be repeated without harm."""
