@@ -1043,7 +1043,7 @@ def faults(where: str, silence_s: float, proxy: str = "", ours: bool = True) -> 
         elif unsent:
             why = f"the {f'proxy {proxy}' if proxy else 'server'} cannot be reached ({why})"
         elif isinstance(error, u.TimeoutError):
-            why = f"it did not come within {silence_s:g} s"
+            why = f"it did not come within {silence_s:g} s or the time given"
         text, away = f"no answer to {where}: {why}; {LATER}", unsent and ours
         raise ApiError(text, retryable=True, ambiguous=not unsent, is_of_all=away) from None
 
@@ -2700,7 +2700,7 @@ class Studio:
         while True:
             self.prepare(clip)
             try:
-                return self.submit_in_turn(clip, in_doubt=lost or in_doubt), True
+                return self.submit_patiently(clip, in_doubt=lost or in_doubt), True
             except (Stopped, StillRunning):  # before anything went out
                 if not (lost or in_doubt):
                     clip.record.save(state=NEW)
@@ -2733,48 +2733,42 @@ class Studio:
             DEADLINE.set(min(self.deadline, time.monotonic() + self.timeout_s))
         self.http.sleep(0.0)
 
-    def submit_in_turn(self, clip: Clip, *, in_doubt: bool) -> str:
-        """One submit; raises ApiError. Of those that a limit of the account refuses one at a time
-        waits and tries again, so that it takes the place of a generation that has ended; after a
-        few refusals another does, as they may be of this clip alone."""
-        http, refusals, mine = self.http, 0, False
-        try:
-            while True:
-                running = {*http.waiting}
-                try:
-                    return self.api.submit(clip)
-                except RateLimited as error:
-                    if error.ambiguous or (error.retry_after or 0.0) >= http.longest_s():
-                        raise
-                    refusals, refusal = refusals + 1, error
-                    if not in_doubt:
-                        clip.record.save(state=NEW)
-                    self.view.state(clip, "waiting for a place", error.words)
-                    http.count("retries")
-                if mine and refusals % 3 == 0:
-                    self.turn.release()
-                    mine = False
-                    http.sleep(0.3)
-                while not mine:
-                    mine, running = self.turn.acquire(timeout=0.2), {*http.waiting}
-                    self.be_patient()
-                self.await_place(refusal, running, refusals)
-                clip.record.save(sync=True, state="intent")
-        finally:
-            if mine:
-                self.turn.release()
+    def submit_patiently(self, clip: Clip, *, in_doubt: bool) -> str:
+        """A submit that is repeated while a limit of the account refuses it; raises ApiError."""
+        refusals = 0
+        while True:
+            try:
+                return self.api.submit(clip)
+            except RateLimited as error:
+                if error.ambiguous or (error.retry_after or 0.0) >= self.http.longest_s():
+                    raise
+                refusals, refusal = refusals + 1, error
+            if not in_doubt:
+                clip.record.save(state=NEW)
+            self.view.state(clip, "waiting for a place", refusal.words)
+            self.http.count("retries")
+            self.await_place(refusal, refusals)
+            clip.record.save(sync=True, state="intent")
 
-    def await_place(self, error: RateLimited, running: set[str], refusals: int) -> None:
-        """Wait after a refusal: until it is over, or one of the generations that ran has ended."""
+    def await_place(self, error: RateLimited, refusals: int) -> None:
+        """Wait after a refusal until it is over; or, one clip after the other, until one of the
+        generations that run has ended, so that each clip takes the place of one."""
         http, words, alone = self.http, error.words.lower(), not self.http.waiting
         if re.search(r"\brate\b|\brequests\b", words) or (alone and "concurren" not in words):
             http.pace.refused(error)  # alone, and refused: it is the rate
-        else:
+            self.be_patient()
+            return
+        while not self.turn.acquire(timeout=0.2):
+            self.be_patient()
+        try:
+            running = {*http.waiting}
             until = time.monotonic() + (error.retry_after or backoff_s(refusals, 1.0, cap=8.0))
             while running <= http.waiting and time.monotonic() < until:
                 running = running or {*http.waiting}
                 http.sleep(0.1)
-        self.be_patient()
+            self.be_patient()
+        finally:
+            self.turn.release()
 
     def renew(self, clip: Clip, error: ApiError) -> bool:
         """Whether a refusal may be of files, or of a model, that were there before and are worth
