@@ -3212,13 +3212,14 @@ def test_force_beside_a_process_that_makes_the_clip_takes_it_up(live):
 
 @only_v3
 def test_of_two_processes_with_one_output_the_later_one_is_told(live):
-    live.box.render_seconds = 0.8
+    live.box.render_seconds = 1e6
     flags = ("--img", "friend.png", "--out", "output/x.mp4", *QUICK)
     first = start(live, "run", "--wav", "hello.wav", *flags)
     until(lambda: live.bought())
     live.fill("other", where=".")
     status, _, err = finish(start(live, "run", "--wav", "other.wav", *flags))
     assert (status, "output/x.mp4" in err, len(live.bought())) == (1, True, 1), err
+    live.box.render_seconds = 0.0
     assert (finish(first)[0], live.outputs()) == (0, {"x": live.videos()[0]})
 
 
