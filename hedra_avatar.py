@@ -2271,13 +2271,14 @@ class Studio:
         if not re.search(r"\w", clip.prompt) or len(clip.prompt) > limit:
             size = f"{len(clip.prompt):,} characters, and {model or 'Hedra'} speaks 1 to {limit:,}"
             raise InputError(f"the text of {clip.name} has {size}; nothing was sent")
-        keys = {
-            voice: digest_of("speech", clip.prompt, voice, model, self.account.id)
-            for voice in self.voice_ids(clip.voice)
-        }
-        made = (voice for voice in keys if self.ledger.load("clips", keys[voice]).values)
-        clip.voice = next(made, "") or self.voice(clip.voice)
-        clip.key = digest_of("speech", clip.prompt, clip.voice, model, self.account.id)
+
+        def key_by(voice: str) -> str:
+            return digest_of("speech", clip.prompt, voice, model, self.account.id)
+
+        known = self.voice_ids(clip.voice)
+        said = (voice for voice in known if self.ledger.load("clips", key_by(voice)).values)
+        clip.voice = next(said, "") or self.voice(clip.voice)
+        clip.key = key_by(clip.voice)
         if not clip.target.name:
             clip.target = self.ledger.speeches / f"{clip.key}.audio"
 
@@ -2304,8 +2305,8 @@ class Studio:
         found = [voice.id for voice in voices if voice.id == asked][:1] or list(named)
         if len(found) == 1:
             if UUID_SHAPE.search(found[0]):
-                ids, memo = dict.fromkeys([*found, *self.voice_ids(asked)]), self.voice_names
-                memo.save(names={**memo.part("names").values, wanted: list(ids)})
+                memo, ids = self.voice_names, dict.fromkeys([*found, *self.voice_ids(asked)])
+                memo.save(names={**memo.part("names").values, wanted: [*ids]})
             return found[0]
         if found:
             which = f"voices named {asked!r}: {', '.join(found)}"
@@ -2857,7 +2858,8 @@ class Studio:
             clip.record.save(billed=status.cost)
         if status.state == FAILED:
             text = f"Hedra could not make it: {status.failure} [generation {clip.generation_id}]"
-            clip.record.save(state="refused", reason=text, transient=status.transient)
+            if not delivered:
+                clip.record.save(state="refused", reason=text, transient=status.transient)
             raise GenerationFailed(
                 text, generation_id=clip.generation_id, words=status.failure,
                 retryable=status.transient,
@@ -3319,16 +3321,16 @@ def table(clips: Sequence[Clip], left: str, unit: str, columns: int) -> str:
     return "\n".join(lines)
 
 
-def as_json(clip: Clip, unit: str | None) -> str:
+def outcome(clip: Clip, unit: str | None) -> dict[str, Any]:
     """A result as --json prints it."""
     paid, quoted, billed = clip.bill()
     error = explain(clip.error) if clip.error else None
-    return json.dumps({
+    return {
         "name": clip.name, "status": "failed" if error else "done",
         "path": None if error else str(clip.target), "generation_id": clip.generation_id or None,
         "credits": quoted, "billed": billed, "paid": paid, "unit": unit, "seconds": clip.spent_s,
         "warning": clip.warning or None, "error": error, **clip.effort,
-    })
+    }
 
 
 def is_stale(clip: Clip) -> bool:
@@ -3423,7 +3425,7 @@ class Command:
                 "estimate": clip.is_estimate, "credits": None if clip.error else clip.due,
                 "unit": unit, "error": None, "balance": balance and balance.remaining,
             }
-            shown |= json.loads(as_json(clip, unit)) if clip.error else {}
+            shown |= outcome(clip, unit) if clip.error else {}
             self.view.result(json.dumps(shown))
         if not self.args.json:
             columns = screen_size(sys.stdout).columns or 1000
@@ -3465,14 +3467,15 @@ class Command:
         self.studio.settle(clips)
         self.untold.clear()
         for clip in clips if self.args.json else ():
-            self.view.result(as_json(clip, self.studio.api.unit))
+            self.view.result(json.dumps(outcome(clip, self.studio.api.unit)))
 
     def tell_rest(self, error: Exception) -> None:
         """The results of a batch that was stopped, and what became of the others."""
         for clip in self.untold:
             if not clip.error and not clip.spent_s and clip.state != DONE:
                 clip.error = error
-            self.view.results += written(sys.stdout, f"{as_json(clip, self.studio.api.unit)}\n")
+            text = json.dumps(outcome(clip, self.studio.api.unit))
+            self.view.results += written(sys.stdout, f"{text}\n")
 
     def tell_end(self, clips: Sequence[Clip]) -> int:
         """Say what a batch has cost and, last, what failed; the exit status."""
@@ -3673,7 +3676,7 @@ class Watcher:
                 if not outage.why:
                     self.view.say(f"{clip.name}: {explain(error)}", always=True)
                     if self.args.json:
-                        self.view.result(as_json(clip, self.studio.api.unit))
+                        self.view.result(json.dumps(outcome(clip, self.studio.api.unit)))
                     self.view.say("waiting until that is over; clips that come meanwhile are kept")
                 if time.monotonic() >= outage.due:  # else another clip has met it just now
                     outage.later()
@@ -4006,7 +4009,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
         command.tell_rest(error)
     if args.json and not view.results:  # else it has been told of the clip
         name = stem_of(Path(args.wav or args.out or args.command).name)
-        written(sys.stdout, as_json(Clip(name, Path(), error=error), None) + "\n")
+        written(sys.stdout, json.dumps(outcome(Clip(name, Path(), error=error), None)) + "\n")
     complain(explain(error))
     return status
 
