@@ -3181,6 +3181,7 @@ def get_voices(api_key: str, *, speech_model: str = "", environ: Environ = None)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SOUND_SUFFIXES = (".wav", ".mp3", ".m4a", ".flac", ".ogg", ".aif", ".aiff")
 SAY_SUFFIX = ".say.txt"
+ENDLESS = (".mp3", ".m4a", ".flac", ".ogg", ".txt")  # they need not tell where they end
 OTHER_SOUND = (  # what looks like sound
     r"\.(3ga|3gpp?|aac|ac3|aifc|amr|ape|au|awb|caf|m4b|m4r|mka|mp2|mpga|oga|opus|ra|spx|tta|w64|wave"
     r"|weba|webm|wma|wv)$"
@@ -3287,12 +3288,35 @@ def clip_of(
     return clip
 
 
+def is_being_written(file: Path) -> bool:
+    """Whether a program still has a file open that it may add to: encoders write in steps that are
+    many seconds apart. The kernel refuses a lease then (fcntl(2), F_SETLEASE: Linux, of one's own
+    files); where nobody can tell it is False."""
+    import fcntl
+    import signal
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NONBLOCK)  # it may be a pipe
+
+    try:
+        with open(file, "rb", opener=opener) as stream:
+            fcntl.fcntl(stream, fcntl.F_SETSIG, signal.SIGURG)  # ignored, should a writer come now
+            fcntl.fcntl(stream, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except BlockingIOError:
+        return True
+    except (OSError, AttributeError):
+        pass
+    return False
+
+
 def folder_clip(sources: Sequence[Path], args: argparse.Namespace, names: Names) -> Clip:
     """The clip of some recordings of one name; one that cannot be made has an `error`."""
     try:
         if len(sources) > 1:
             rivals = ", ".join(source.name for source in sources)
             raise InputError(f"two recordings of one name: {rivals}; keep one")
+        if sources[0].name.lower().endswith(ENDLESS) and is_being_written(sources[0]):
+            raise InputError(f"{sources[0]} is still being written", unfinished=True)
         return clip_of(sources[0], args, names)
     except InputError as error:
         return Clip(stem_of(sources[0].name), Path(), error=error, state=BAD)
@@ -3504,7 +3528,6 @@ class Command:
 
 TURN_S = 0.2
 STILL_S, LONG_STILL_S = 1.0, 4.0  # without a change: it may be whole
-ENDLESS = (".mp3", ".m4a", ".flac", ".ogg", ".txt")  # they need not tell where they end
 STUCK_S = 10.0  # without a change: a file that is not whole is worth a line
 RESCAN_S = 60.0  # events can be lost
 PAUSES_S = (15.0, 300.0)  # between two tries: the first and the longest
@@ -3654,7 +3677,7 @@ class Watcher:
             return
         wait.why = explain(error) if error else ""
         same = UUID_SHAPE.sub("", wait.why) == UUID_SHAPE.sub("", before)
-        again = error is not None and not is_final(clip, error)
+        again = error is not None and not is_final(clip, error, wait.tries)
         wait.is_final = error is not None and not again
         if again:
             wait.later()
@@ -3688,14 +3711,16 @@ class Watcher:
             return False
 
 
-def is_final(clip: Clip, error: Exception) -> bool:
-    """Whether a clip as it is will never be made: its files, or what Hedra says of them."""
+def is_final(clip: Clip, error: Exception, tries: int) -> bool:
+    """Whether a clip as it is will never be made: its files, or what Hedra says of them; what Hedra
+    calls transient gets a few takes."""
     refused = getattr(error, "status", 0) in (400, 413, 415, 422) and not clip.generation_id
     refused = refused and not getattr(error, "retryable", False)
     if refused or getattr(error, "code", "") == "EXPIRED":
         return True
-    of_disk = isinstance(error.__cause__, OSError)
-    return isinstance(error, InputError | GenerationFailed) and not of_disk
+    if not isinstance(error, InputError | GenerationFailed) or isinstance(error.__cause__, OSError):
+        return False
+    return not (error.unfinished or (error.retryable and tries < TRIES))
 
 
 def notify_systemd(message: str) -> None:

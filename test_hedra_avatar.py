@@ -212,8 +212,7 @@ class Sent(NamedTuple):
 
     @property
     def is_submit(self) -> bool:
-        orders = r".*(/generations|/models/[^/]+)"
-        return self.method == "POST" and bool(re.fullmatch(orders, self.path))
+        return bool(re.fullmatch(r"POST .*(/generations|/models/[^/]+)", " ".join(self[1:3])))
 
 
 class Outcome(NamedTuple):
@@ -255,8 +254,7 @@ class World:
     """Hedra in this process, and somebody who wants a clip of it."""
 
     def __init__(self, version: str, box: Sandbox, base_url: str, folder: Path) -> None:
-        self.version, self.box, self.folder = version, box, folder
-        self.key = KEYS[version]
+        self.version, self.key, self.box, self.folder = version, KEYS[version], box, folder
         self.environ = {"HEDRA_API_KEY": self.key, "HEDRA_BASE_URL": base_url}
         self.sent: list[Sent] = []
         self.before: list[Callable[[int], object]] = []  # called with a request's number from 1
@@ -328,8 +326,7 @@ class World:
         return done
 
     def outputs(self) -> dict[str, bytes]:
-        found = (self.folder / "output").glob("*.mp4")
-        return {file.stem: file.read_bytes() for file in found}
+        return {f.stem: f.read_bytes() for f in (self.folder / "output").glob("*.mp4")}
 
     def check_all_paid(self, *names: str) -> None:
         """Each of these clips paid for once, no other, and its own video there."""
@@ -2669,8 +2666,7 @@ class Watch:
             (self.folder / ".nudge").touch()
 
     def lines(self, *words: str) -> list[str]:
-        said = self.told.getvalue().splitlines()
-        return [line for line in said if any(word in line for word in words)]
+        return [n for n in self.told.getvalue().splitlines() if any(word in n for word in words)]
 
     def until(self, met: Callable[[], object], step: float = 0.5) -> None:
         for _ in range(1500):
@@ -2747,16 +2743,20 @@ def test_a_slow_writer_that_pauses_is_waited_for_and_said_once(watch):
             assert len(watch.world.bought()) == 1
             stream.write(whole[4030:])
             watch.wait_for("slow")  # though it has not been closed
-        (watch.folder / "copied.png").write_bytes(portrait[:50])
-        watch.drop("copied.wav")
-        watch.let_pass(30)
-        assert len(watch.world.bought()) == 2
-        (watch.folder / "copied.png").write_bytes(portrait)
-        watch.wait_for("copied")
+        with (watch.folder / "live.mp3").open("wb", buffering=0) as live:
+            live.write(SOUNDS["mp3"][:2000])  # which might be all
+            (watch.folder / "copied.png").write_bytes(portrait[:50])
+            watch.drop("copied.wav")
+            watch.let_pass(30)
+            assert len(watch.world.bought()) == 2
+            (watch.folder / "copied.png").write_bytes(portrait)
+            watch.wait_for("copied")
+            live.write(SOUNDS["mp3"][2000:])
+        watch.wait_for("live")
 
     watch(story)
     assert 1 <= len(watch.lines("slow.wav is cut")) <= 2
-    watch.world.check_all_paid("other", "slow", "copied")
+    watch.world.check_all_paid("other", "slow", "copied", "live")
     assert watch.world.bought()[1].sources[1].read_bytes() == whole
     assert watch.world.bought()[2].sources[0].read_bytes() == portrait
 
@@ -2841,39 +2841,39 @@ def test_what_fails_for_good_is_told_once_and_does_not_end_the_watcher(watch):
     assert found >= {("bad", "failed", False), ("ben", "done", True)}
 
 
-@pytest.mark.parametrize("way", ["location", "disk", "401", "folder"])
+@pytest.mark.parametrize("way", ["location", "disk", "401", "folder", "transient"])
 @only_v3
 def test_a_clip_is_tried_again_until_it_is_there(watch, way, monkeypatch):
-    world, replace, full = watch.world, os.replace, [True]
+    world, replace, full, busy = watch.world, os.replace, [True], {"type": "UNAVAILABLE"}
 
     def no_room(source, target):
         if full and str(target).endswith(".mp4"):
             raise OSError(errno.ENOSPC, "No space left on device", str(target))
         replace(source, target)
 
-    if way == "folder":
-        Path("output").symlink_to("gone/away")
-    elif way == "disk":
-        monkeypatch.setattr(os, "replace", no_room)
-    elif way == "401":
-        world.after.append(lambda number: full and world.bought() and world.box.keys is None and (
-            setattr(world.box, "keys", set())
-        ))
-    else:
-        world.fail("download", "302", 10**6, value="http://cdn.example/x")
+    def lock_out(number):
+        world.box.keys = set() if full and world.bought() else world.box.keys
+
+    {
+        "folder": lambda: Path("output").symlink_to("gone/away"),
+        "disk": lambda: monkeypatch.setattr(os, "replace", no_room),
+        "401": lambda: world.after.append(lock_out),
+        "transient": lambda: setattr(world.box, "fail_with", {**busy, "message": "Busy"}),
+        "location": lambda: world.fail("download", "302", 10**6, value="http://cdn.example/x"),
+    }[way]()
 
     def story():
         watch.drop("anna.wav")
         watch.until(lambda: watch.lines("anna: failed", "waiting until", "HEDRA_API_KEY"))
-        watch.let_pass(100)
+        watch.let_pass(100 if way != "transient" else 20)
         full.clear()
         world.heal()
-        world.box.keys = None
+        world.box.keys = world.box.fail_with = None
         Path("output").unlink() if way == "folder" else None
         watch.wait_for("anna")
 
     watch(story)
-    world.check_all_paid("anna")
+    world.check_all_paid("anna") if way != "transient" else None
 
 
 @pytest.mark.parametrize(("version", "kind"), [("v3", "unreachable"), ("v2", "funds")])
