@@ -390,17 +390,22 @@ def wav_seconds(stream: IO[bytes], size: int) -> float:
 
 def probed_seconds(file: Path) -> float | None:
     """The duration by ffprobe, None where there is none or it cannot tell; raises InputError for
-    what it cannot read."""
+    what it cannot read. Where the file does not say it, and the first packets would be no guide to
+    the others, it is where the last packet ends."""
     import subprocess
 
-    words = ["ffprobe", "-v", "error", "-show_entries", "format=duration", "-of", "csv=p=0"]
-    words += [os.path.abspath(file)]  # so that no name is taken for a flag or a protocol
+    words = ["ffprobe", "-v", "warning", "-select_streams", "a:0", "-of", "csv=p=0"]
+    name = os.path.abspath(file)  # so that it is not taken for a flag or a protocol
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        null = subprocess.DEVNULL
-        done = subprocess.run(words, stdin=null, capture_output=True, timeout=10, check=False)
-        if done.returncode == 1:
-            raise InputError("ffprobe cannot read it; copy or export it again", unfinished=True)
-        return parse_number(done.stdout) or None
+        for shown in ("format=duration", "packet=pts_time,duration_time"):
+            asked, null = [*words, "-show_entries", shown, name], subprocess.DEVNULL
+            done = subprocess.run(asked, stdin=null, capture_output=True, timeout=10, check=False)
+            if done.returncode == 1:
+                raise InputError("ffprobe cannot read it; copy or export it again", unfinished=True)
+            guessed = shown.startswith("format") and b"Estimating duration" in done.stderr
+            last = (done.stdout.split() or [b""])[-1].strip(b",").split(b",")
+            if not guessed and (seconds := total(map(parse_number, last))):
+                return seconds
     return None
 
 
@@ -873,7 +878,7 @@ class Clip:
     price: float | None = None
     billed: float | None = None
     error: Exception | None = None
-    paid, is_doubtful, is_settled, warning, spent_s = False, False, True, "", 0.0
+    paid, is_doubtful, warning, spent_s = False, False, "", 0.0
     shown = note = ""  # in its line of the View; `share` is how far it is in its state, 0..1
     share: float | None = None
 
@@ -2357,9 +2362,9 @@ class Studio:
             needs = NEW if force or record.flag("transient") else REFUSED
         else:
             needs = DONE if self.ledger.find(clip) == clip.place else FETCH
-        if clip.speech and needs in OPEN:
+        if clip.speech and (needs in OPEN or record.flag("unbilled")):
             clip.speech.state = self.judge(clip.speech, force=force)
-            if clip.speech.state == DONE:
+            if clip.speech.state == DONE and needs in OPEN:
                 self.hear(clip, clip.speech)
             elif clip.speech.state == REFUSED and needs == NEW:
                 needs = REFUSED
@@ -2755,7 +2760,8 @@ class Studio:
         """Wait after a refusal until it is over; or, one clip after the other, until one of the
         generations that run has ended, so that each clip takes the place of one."""
         http, words, alone = self.http, error.words.lower(), not self.http.waiting
-        if re.search(r"\brate\b|\brequests\b", words) or (alone and "concurren" not in words):
+        of_rate = alone or re.search(r"\brate\b|\brequests\b", words)
+        if of_rate and "concurren" not in words:
             http.pace.refused(error)  # alone, and refused: it is the rate
             self.be_patient()
             return
@@ -2809,7 +2815,7 @@ class Studio:
         self.http.waiting.add(generation_id)  # it has a place, as who is refused must know
         take.save(sync=True, **{
             **self.about(clip), "state": "submitted", "generation_id": generation_id,
-            "submitted_at": take.number("submitted_at") or time.time(),
+            "submitted_at": take.number("submitted_at") or time.time(), "unbilled": True,
             "price": clip.price if paid else take.number("price"),
         })
         if paid:
@@ -2824,7 +2830,7 @@ class Studio:
 
     def collect(self, clip: Clip) -> None:
         """Wait for the generation and fetch its result. What goes wrong here loses nothing."""
-        url, clip.is_settled = "", clip.record.number("billed", "cost") is not None
+        url = ""
         if not clip.paid:
             detail = f"generation {clip.generation_id}, already paid"
             self.view.state(clip, "found", detail, note="already paid")
@@ -2855,7 +2861,7 @@ class Studio:
                     self.trace(clip)
         clip.billed = status.cost
         if status.cost is not None:
-            clip.record.save(billed=status.cost)
+            clip.record.save(billed=status.cost, unbilled=False)
         if status.state == FAILED:
             text = f"Hedra could not make it: {status.failure} [generation {clip.generation_id}]"
             if not delivered:
@@ -2965,21 +2971,20 @@ class Studio:
     # -- settle: what Hedra says that it cost
 
     def settle(self, clips: Sequence[Clip]) -> None:
-        """Ask what Hedra has billed for what was made just now: one request for all of them, and
-        for one alone while it is downloaded."""
-        parts = [part for clip in clips for part in clip.parts if not part.is_settled]
-        asked = [part for part in parts if part.billed is None]
+        """Ask what Hedra has billed for what was made and has not been asked for, as a run may have
+        been stopped: one request for all of it, and for one alone while it is downloaded."""
+        asked = [part for clip in clips for part in clip.parts if part.record.flag("unbilled")]
         most_s = min(30.0, self.timeout_s, self.account.silence_s)
         limit = self.http.until(time.monotonic() + most_s)
         with contextlib.suppress(HedraError, OSError), limit:
             names = dict.fromkeys(part.generation_id for part in asked)
             ask = functools.partial(self.api.find_all, list(names))
-            found = self.tolerant(ask, "the bill") if asked else {}
-            for part in asked:
-                part.is_settled, cost = found is not None, (found or {}).get(part.generation_id)
-                if cost is not None and cost >= 0:
-                    part.billed = cost
-                    part.record.save(billed=cost)
+            if asked and (found := self.tolerant(ask, "the bill")) is not None:
+                for part in asked:
+                    cost, state = found.get(part.generation_id), part.record.text("state")
+                    part.billed = None if cost is None or cost < 0 else cost
+                    later = cost is None and state == "submitted"
+                    part.record.save(billed=part.billed, unbilled=later)
 
 
 # ---- library: make_video, make_speech; step by step: create_asset, upload_asset, upload, ... -----
@@ -3737,21 +3742,29 @@ def notify_systemd(message: str) -> None:
 
 # ---- command line: cmd_run, cmd_batch, cmd_watch, cmd_credits, cmd_voices, build_parser, main ---
 
+def run_source(args: argparse.Namespace) -> Path:
+    """What the clip of `run` is named after: a recording, a text file, or the first words of a
+    text as if they were the name of one."""
+    if args.wav or args.say.startswith("@"):
+        return Path(args.wav or args.say[1:])
+    name = "-".join(re.findall(r"\w+", args.say)).lower() or "speech"
+    if len(name) > 40:  # texts that begin alike are not one video
+        name = f"{name[:35].rpartition('-')[0] or name[:35]}-{digest_of(args.say)[:4]}"
+    return Path(f"{name}{SAY_SUFFIX}")
+
+
 def cmd_run(command: Command) -> int:
     """One clip: a batch of one."""
-    args, source, text = command.args, Path(command.args.wav), None
+    args, source, text = command.args, run_source(command.args), None
     of_file = bool(args.wav) or args.say.startswith("@")
     if args.wav:
         inspect_file(source, "audio")
-    elif of_file:
-        if not (source := Path(args.say[1:])).name:
-            raise InputError("--say @ needs the name of a file, as in --say @news.txt")
+    elif not of_file:
+        text = args.say
+    elif source.name:
         text = read_text(source, TEXT_BYTES)
     else:
-        name = "-".join(re.findall(r"\w+", args.say)).lower() or "speech"
-        if len(name) > 40:  # texts that begin alike are not one video
-            name = f"{name[:35].rpartition('-')[0] or name[:35]}-{digest_of(args.say)[:4]}"
-        source, text = Path(f"{name}{SAY_SUFFIX}"), args.say
+        raise InputError("--say @ needs the name of a file, as in --say @news.txt")
     if args.out and not os.path.basename(args.out):
         raise InputError(f"--out {args.out} is a folder: --out-dir takes one")
     names = folder_names(source.parent) if of_file else {}
@@ -3841,8 +3854,9 @@ def cmd_credits(command: Command) -> int:
     shown = {"remaining": balance.remaining, "unit": balance.unit, **balance.more}
     left, asked = amount(balance.remaining, balance.unit), amount(args.min, balance.unit)
     if balance.remaining < args.min:
-        shown["error"] = f"the account has {left}, less than the {asked} asked for: add funds"
-        complain(shown["error"])
+        short = f"the account has {left}, less than the {asked} asked for: add funds"
+        shown = outcome(Clip(args.command, Path(), error=HedraError(short)), balance.unit) | shown
+        complain(short)
     view.result(json.dumps(shown) if args.json else left)
     return int("error" in shown)
 
@@ -3953,7 +3967,7 @@ def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     for name, (_, purpose) in COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=purpose, **style)
         command.set_defaults(  # where a command has no such flag
-            wav="", out="", jobs=1, force=False, dry_run=False, max_credits=None
+            out="", jobs=1, force=False, dry_run=False, max_credits=None
         )
         if argv is None or name in argv:
             add_flags(command, name)
@@ -4033,7 +4047,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     if args.json and command:
         command.tell_rest(error)
     if args.json and not view.results:  # else it has been told of the clip
-        name = stem_of(Path(args.wav or args.out or args.command).name)
+        name = stem_of(run_source(args).name) if args.command == "run" else args.command
         written(sys.stdout, json.dumps(outcome(Clip(name, Path(), error=error), None)) + "\n")
     complain(explain(error))
     return status
