@@ -3652,7 +3652,7 @@ class Watcher:
                 self.pool.submit(self.work, clip, wait)
 
     def make(self, clip: Clip) -> None:
-        """Plan, afford and make the clip that came."""
+        """Plan, afford and make the clip that came, or ask for a bill that a stop left open."""
         studio = self.studio
         with studio.http.until(time.monotonic() + studio.timeout_s):
             studio.plan([clip])
@@ -3660,6 +3660,7 @@ class Watcher:
             if not clip.error and clip.state != DONE:
                 studio.afford([clip])
                 studio.make(clip)
+        studio.settle([clip])
 
     def work(self, clip: Clip, wait: Wait) -> None:
         """One clip, in a thread of the pool."""
