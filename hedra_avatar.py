@@ -3321,7 +3321,8 @@ def folder_clip(sources: Sequence[Path], args: argparse.Namespace, names: Names)
             rivals = ", ".join(source.name for source in sources)
             raise InputError(f"two recordings of one name: {rivals}; keep one")
         if sources[0].name.lower().endswith(ENDLESS) and is_being_written(sources[0]):
-            raise InputError(f"{sources[0]} is still being written", unfinished=True)
+            text = f"{sources[0]} is still being written: nothing was sent, it is taken when whole"
+            raise InputError(text, unfinished=True)
         return clip_of(sources[0], args, names)
     except InputError as error:
         return Clip(stem_of(sources[0].name), Path(), error=error, state=BAD)
