@@ -489,6 +489,8 @@ def inspect_open(stream: IO[bytes], file: Path, kind: Kind) -> Media:
 
 def inspect_file(file: Path, kind: Kind) -> Media:
     """Look at a file before anything is sent; raises InputError that names it."""
+    if kind not in LIMITS:
+        raise InputError(f"{file}: {kind!r} is no kind of file; give 'image' or 'audio'")
     with open_regular(file) as stream:
         try:
             media = inspect_open(stream, file, kind)
@@ -768,6 +770,7 @@ HINTS = {  # by the status and the server's words: what a person can do
     "401": "check HEDRA_API_KEY: a v3 key is id:secret, a v2 key has no colon",
     "402.*available: 0": "with credits on the dashboard set HEDRA_WORKSPACE_ID",
     "402": "add funds and run the same command again",
+    "404.*model": "check --model and HEDRA_MODEL_ID",
     "403.*scope": "make a key with that scope in Hedra's developer console",
     "403.*plan": "the plan of this account has no API access: change it at Hedra",
     "403": "if the account has moved to the new API, make a key with a colon (id:secret) there",
@@ -1049,8 +1052,13 @@ def faults(where: str, silence_s: float, proxy: str = "", ours: bool = True) -> 
             why = f"the {f'proxy {proxy}' if proxy else 'server'} cannot be reached ({why})"
         elif isinstance(error, u.TimeoutError):
             why = f"it did not come within {silence_s:g} s or the time given"
-        text, away = f"no answer to {where}: {why}; {LATER}", unsent and ours
-        raise ApiError(text, retryable=True, ambiguous=not unsent, is_of_all=away) from None
+        how, barred = LATER, unsent and proxy and re.search(r"\b40[37]\b", why)
+        if barred:  # to try again would only lock somebody out
+            how = "the proxy refuses: check the name and password in HTTPS_PROXY"
+        text, away = f"no answer to {where}: {why}; {how}", unsent and ours
+        raise ApiError(
+            text, retryable=not barred, ambiguous=not unsent, is_of_all=away
+        ) from None
 
 
 def kernel_s() -> float:
@@ -3523,7 +3531,8 @@ class Command:
             complain(f"out of funds; clips not sent: {len(unsent)}, they need about {missing}")
         whose: dict[Exception, list[str]] = {}  # one that stops several is told once, and last
         for clip, error in failed:
-            whose.setdefault(error, []).append(clip.name)
+            if not (isinstance(error, Stopped) and self.stop.is_set()):  # which main tells of
+                whose.setdefault(error, []).append(clip.name)
         for error, names in sorted(whose.items(), key=lambda item: len(item[1])):
             tell_traceback(self.args, self.view, error)
             complain(f"{names[0] if len(names) == 1 else f'{len(names)} clips'}: {explain(error)}")
@@ -3943,12 +3952,15 @@ def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
         add("--model", dest="HEDRA_MODEL_ID", metavar="ID", help="id or slug (Character 3)")
         add("--set", metavar="NAME=VALUE", type=pair, action="append", default=[],
             help="one more input of the model, as in seed=7 (again and again)")
-        add("--timeout", metavar="SECONDS", type=SECONDS, default=1800.0, help="%(default)g")
-        add("--poll-interval", metavar="SECONDS", type=SECONDS, default=5.0, help="%(default)g")
+        add("--timeout", metavar="SECONDS", type=SECONDS, default=1800.0,
+            help="longest wait for a clip (default %(default)g)")
+        add("--poll-interval", metavar="SECONDS", type=SECONDS, default=5.0,
+            help="between two looks (default %(default)g)")
         add("--out-dir", metavar="DIR", default="output", help="default %(default)s")
     if command == "credits":
-        add("--min", metavar="N", type=FUNDS, default=0.0, help="exit 1 if less")
-        add("--spent", action="store_true", help="by month, from the ledger")
+        which = parser.add_mutually_exclusive_group()
+        which.add_argument("--min", metavar="N", type=FUNDS, default=0.0, help="exit 1 if less")
+        which.add_argument("--spent", action="store_true", help="by month, from the ledger")
     else:
         add("--speech-model", metavar="ID", default="", help="that speaks (v3: elevenlabs-...)")
     if command != "voices":
