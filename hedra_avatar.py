@@ -2850,7 +2850,8 @@ class Studio:
         alone = [clip] if self.deadline < math.inf and clip.kind == VIDEO else []
         with clip.timed("downloading"):
             self.http.together(
-                functools.partial(self.fetch, clip, url), functools.partial(self.settle, alone)
+                functools.partial(self.fetch, clip, url),
+                functools.partial(self.settle, alone, owned=True),
             )
 
     def await_end(self, clip: Clip) -> Status:
@@ -2978,9 +2979,9 @@ class Studio:
 
     # -- settle: what Hedra says that it cost
 
-    def settle(self, clips: Sequence[Clip]) -> None:
+    def settle(self, clips: Sequence[Clip], *, owned: bool = False) -> None:
         """Ask what Hedra has billed for what was made and has not been asked for, as a run may have
-        been stopped: one request for all of it, and for one alone while it is downloaded."""
+        been stopped: one request for all of it, and for one alone, `owned`, while it comes."""
         asked = [part for clip in clips for part in clip.parts if part.record.flag("unbilled")]
         most_s = min(30.0, self.timeout_s, self.account.silence_s)
         limit = self.http.until(time.monotonic() + most_s)
@@ -2992,7 +2993,11 @@ class Studio:
                     cost, state = found.get(part.generation_id), part.record.text("state")
                     part.billed = None if cost is None or cost < 0 else cost
                     later = cost is None and state == "submitted"
-                    part.record.save(billed=part.billed, unbilled=later)
+                    # Without its lock another process may have gone on with it since.
+                    now = part.record if owned else self.ledger.load("clips", part.record.path.stem)
+                    if now.flag("unbilled") and now.text("generation_id") == part.generation_id:
+                        part.record.values = now.values
+                        part.record.save(billed=part.billed, unbilled=later)
 
 
 # ---- library: make_video, make_speech; step by step: create_asset, upload_asset, upload, ... -----
@@ -3194,7 +3199,8 @@ def get_voices(api_key: str, *, speech_model: str = "", environ: Environ = None)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SOUND_SUFFIXES = (".wav", ".mp3", ".m4a", ".flac", ".ogg", ".aif", ".aiff")
 SAY_SUFFIX = ".say.txt"
-ENDLESS = (".mp3", ".m4a", ".flac", ".ogg", ".txt")  # they need not tell where they end
+ENDLESS = (".mp3", ".m4a", ".flac", ".ogg")  # they need not tell where they end
+LONGEST_STEP_S = 150.0  # between two writes of an encoder: 256 KiB at 14 kbit/s
 OTHER_SOUND = (  # what looks like sound
     r"\.(3ga|3gpp?|aac|ac3|aifc|amr|ape|au|awb|caf|m4b|m4r|mka|mp2|mpga|oga|opus|ra|spx|tta|w64|wave"
     r"|weba|webm|wma|wv)$"
@@ -3304,7 +3310,7 @@ def clip_of(
 def is_being_written(file: Path) -> bool:
     """Whether a program still has a file open that it may add to: encoders write in steps that are
     many seconds apart. The kernel refuses a lease then (fcntl(2), F_SETLEASE: Linux, of one's own
-    files); where nobody can tell it is False."""
+    files); some network shares always do, so that what has long been left alone is taken."""
     import fcntl
     import signal
 
@@ -3312,6 +3318,8 @@ def is_being_written(file: Path) -> bool:
         return os.open(name, flags | os.O_NONBLOCK)  # it may be a pipe
 
     try:
+        if not 0 <= time.time() - os.stat(file).st_mtime < LONGEST_STEP_S:
+            return False
         with open(file, "rb", opener=opener) as stream:
             fcntl.fcntl(stream, fcntl.F_SETSIG, signal.SIGURG)  # ignored, should a writer come now
             fcntl.fcntl(stream, fcntl.F_SETLEASE, fcntl.F_RDLCK)
@@ -3328,7 +3336,8 @@ def folder_clip(sources: Sequence[Path], args: argparse.Namespace, names: Names)
         if len(sources) > 1:
             rivals = ", ".join(source.name for source in sources)
             raise InputError(f"two recordings of one name: {rivals}; keep one")
-        if sources[0].name.lower().endswith(ENDLESS) and is_being_written(sources[0]):
+        endless = args.command == "watch" and sources[0].name.lower().endswith(ENDLESS)
+        if endless and is_being_written(sources[0]):
             text = f"{sources[0]} is still being written: nothing was sent, it is taken when whole"
             raise InputError(text, unfinished=True)
         return clip_of(sources[0], args, names)
@@ -3550,7 +3559,7 @@ PAUSES_S = (15.0, 300.0)  # between two tries: the first and the longest
 
 def still_s(file: Path) -> float:
     """How long a file has to be without a change, as it may still be being written."""
-    return LONG_STILL_S if file.name.lower().endswith(ENDLESS) else STILL_S
+    return LONG_STILL_S if file.name.lower().endswith((*ENDLESS, ".txt")) else STILL_S
 
 
 def restless(folder: Path) -> dict[str, float]:
@@ -3569,7 +3578,7 @@ def restless(folder: Path) -> dict[str, float]:
 class Wait:
     """When something is tried (again), and what was said of it; `sign`: how its files look."""
 
-    tries, busy, is_final = 0, False, False
+    tries, refusals, busy, is_final = 0, 0, False, False
     portrait = ""  # how the one that clips share looked
 
     def __init__(self, sign: str = "", due: float = 0.0, why: str = "") -> None:
@@ -3691,17 +3700,17 @@ class Watcher:
             return
         if self.is_outage(clip, wait, error):
             return
-        wait.why = explain(error) if error else ""
+        again = error is not None and not is_final(clip, error, wait.refusals)
+        wait.refusals += isinstance(error, GenerationFailed)
+        wait.why = explain(error) + "; it is tried again" * again if error else ""
         same = UUID_SHAPE.sub("", wait.why) == UUID_SHAPE.sub("", before)
-        again = error is not None and not is_final(clip, error, wait.tries)
         wait.is_final = error is not None and not again
         if again:
             wait.later()
             wait.due = now if isinstance(error, StillRunning) else wait.due  # it has waited
         if error and not same:
             tell_traceback(self.args, self.view, error)
-            more = "; it is tried again" if again else ""
-            self.view.say(f"{clip.name}: failed: {wait.why}{more}", always=True)
+            self.view.say(f"{clip.name}: failed: {wait.why}", always=True)
         if not same if error else clip.state != DONE:
             self.command.report(clip)
             self.command.settle([clip])
@@ -3727,7 +3736,7 @@ class Watcher:
             return False
 
 
-def is_final(clip: Clip, error: Exception, tries: int) -> bool:
+def is_final(clip: Clip, error: Exception, refusals: int) -> bool:
     """Whether a clip as it is will never be made: its files, or what Hedra says of them; what Hedra
     calls transient gets a few takes."""
     refused = getattr(error, "status", 0) in (400, 413, 415, 422) and not clip.generation_id
@@ -3736,7 +3745,7 @@ def is_final(clip: Clip, error: Exception, tries: int) -> bool:
         return True
     if not isinstance(error, InputError | GenerationFailed) or isinstance(error.__cause__, OSError):
         return False
-    return not (error.unfinished or (error.retryable and tries < TRIES))
+    return not (error.unfinished or (error.retryable and refusals < TRIES))
 
 
 def notify_systemd(message: str) -> None:

@@ -2242,6 +2242,22 @@ def test_quoted_billed_and_paid_agree_with_the_books_after_force_and_refusals(wo
     assert months == sorted({row["month"], time.strftime("%Y-%m")})
 
 
+@only_v2
+def test_a_bill_undoes_nothing_that_another_process_has_written_meanwhile(world):
+    world.fail("list", "500", 99)
+    world.run().works()
+    world.heal()
+    (path,) = world.records()
+
+    def other(number):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "mark": 1}))
+
+    world.before.append(other)
+    world.run().works()
+    found = json.loads(path.read_text())
+    assert (found["billed"], found["mark"]) == (world.bought()[0].cost, 1)
+
+
 # ---- making a clip: nobody can hold it ----------------------------------------------------------
 
 @pytest.mark.parametrize(
