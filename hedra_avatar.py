@@ -2995,9 +2995,10 @@ class Studio:
                     later = cost is None and state == "submitted"
                     # Without its lock another process may have gone on with it since.
                     now = part.record if owned else self.ledger.load("clips", part.record.path.stem)
-                    if now.flag("unbilled") and now.text("generation_id") == part.generation_id:
+                    if now.text("generation_id") == part.generation_id:
                         part.record.values = now.values
-                        part.record.save(billed=part.billed, unbilled=later)
+                        if now.flag("unbilled"):
+                            part.record.save(billed=part.billed, unbilled=later)
 
 
 # ---- library: make_video, make_speech; step by step: create_asset, upload_asset, upload, ... -----
