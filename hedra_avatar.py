@@ -394,17 +394,18 @@ def probed_seconds(file: Path) -> float | None:
     the others, it is where the last packet ends."""
     import subprocess
 
-    words = ["ffprobe", "-v", "warning", "-select_streams", "a:0", "-of", "csv=p=0"]
+    words = ["ffprobe", "-select_streams", "a:0", "-of", "csv=p=0", "-show_entries"]
     name = os.path.abspath(file)  # so that it is not taken for a flag or a protocol
+    questions = {"format=duration": "warning", "packet=pts_time,duration_time": "error"}
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        for shown in ("format=duration", "packet=pts_time,duration_time"):
-            asked, null = [*words, "-show_entries", shown, name], subprocess.DEVNULL
+        for shown, level in questions.items():
+            asked, null = [*words, shown, "-v", level, name], subprocess.DEVNULL
             done = subprocess.run(asked, stdin=null, capture_output=True, timeout=10, check=False)
             if done.returncode == 1:
                 raise InputError("ffprobe cannot read it; copy or export it again", unfinished=True)
-            guessed = shown.startswith("format") and b"Estimating duration" in done.stderr
             last = (done.stdout.split() or [b""])[-1].strip(b",").split(b",")
-            if not guessed and (seconds := total(map(parse_number, last))):
+            seconds = total(map(parse_number, last))
+            if seconds and b"Estimating duration" not in done.stderr:
                 return seconds
     return None
 
@@ -770,10 +771,10 @@ HINTS = {  # by the status and the server's words: what a person can do
     "401": "check HEDRA_API_KEY: a v3 key is id:secret, a v2 key has no colon",
     "402.*available: 0": "with credits on the dashboard set HEDRA_WORKSPACE_ID",
     "402": "add funds and run the same command again",
-    "404.*model": "check --model and HEDRA_MODEL_ID",
     "403.*scope": "make a key with that scope in Hedra's developer console",
     "403.*plan": "the plan of this account has no API access: change it at Hedra",
     "403": "if the account has moved to the new API, make a key with a colon (id:secret) there",
+    "404.*model": "check --model and HEDRA_MODEL_ID",
     "413": "the file is too large for Hedra",
     "408|425|429|[5-9]": LATER,
 }
@@ -1045,16 +1046,16 @@ def faults(where: str, silence_s: float, proxy: str = "", ours: bool = True) -> 
             raise cause from None
         untrusted = "CERTIFICATE_VERIFY_FAILED" in str(error)
         unsent = untrusted or isinstance(error, u.ProxyError | u.ConnectTimeoutError)
-        why = str(cause).rpartition(": ")[2]
+        why, how = str(cause).rpartition(": ")[2], LATER
+        barred = proxy and unsent and re.match(r"40[37]\b", why)
         if untrusted:
             why = f"its certificate is not trusted ({error}); see SSL_CERT_FILE"
+        elif barred:  # to try again would only lock somebody out
+            why, how = f"the proxy {proxy} refuses ({why})", "check the login in HTTPS_PROXY"
         elif unsent:
             why = f"the {f'proxy {proxy}' if proxy else 'server'} cannot be reached ({why})"
         elif isinstance(error, u.TimeoutError):
             why = f"it did not come within {silence_s:g} s or the time given"
-        how, barred = LATER, unsent and proxy and re.search(r"\b40[37]\b", why)
-        if barred:  # to try again would only lock somebody out
-            how = "the proxy refuses: check the name and password in HTTPS_PROXY"
         text, away = f"no answer to {where}: {why}; {how}", unsent and ours
         raise ApiError(
             text, retryable=not barred, ambiguous=not unsent, is_of_all=away
@@ -2990,15 +2991,18 @@ class Studio:
             ask = functools.partial(self.api.find_all, list(names))
             if asked and (found := self.tolerant(ask, "the bill")) is not None:
                 for part in asked:
-                    cost, state = found.get(part.generation_id), part.record.text("state")
-                    part.billed = None if cost is None or cost < 0 else cost
-                    later = cost is None and state == "submitted"
-                    # Without its lock another process may have gone on with it since.
-                    now = part.record if owned else self.ledger.load("clips", part.record.path.stem)
-                    if now.text("generation_id") == part.generation_id:
-                        part.record.values = now.values
-                        if now.flag("unbilled"):
-                            part.record.save(billed=part.billed, unbilled=later)
+                    self.note_bill(part, found.get(part.generation_id), owned=owned)
+
+    def note_bill(self, part: Clip, cost: float | None, *, owned: bool) -> None:
+        """Write down what Hedra says of a take that was asked for; a take that goes on is asked for
+        again. Without its lock another process may have gone on with its record since."""
+        part.billed = None if cost is None or cost < 0 else cost
+        record = part.record if owned else self.ledger.load("clips", part.record.path.stem)
+        if record.text("generation_id") == part.generation_id:
+            part.record = record
+            if record.flag("unbilled"):
+                later = cost is None and record.text("state") == "submitted"
+                record.save(billed=part.billed, unbilled=later)
 
 
 # ---- library: make_video, make_speech; step by step: create_asset, upload_asset, upload, ... -----
@@ -3324,10 +3328,8 @@ def is_being_written(file: Path) -> bool:
         with open(file, "rb", opener=opener) as stream:
             fcntl.fcntl(stream, fcntl.F_SETSIG, signal.SIGURG)  # ignored, should a writer come now
             fcntl.fcntl(stream, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-    except BlockingIOError:
-        return True
-    except (OSError, AttributeError):
-        pass
+    except (OSError, AttributeError) as error:
+        return isinstance(error, BlockingIOError)
     return False
 
 
@@ -3672,7 +3674,7 @@ class Watcher:
                 self.pool.submit(self.work, clip, wait)
 
     def make(self, clip: Clip) -> None:
-        """Plan, afford and make the clip that came, or ask for a bill that a stop left open."""
+        """Plan, afford and make the clip that came."""
         studio = self.studio
         with studio.http.until(time.monotonic() + studio.timeout_s):
             studio.plan([clip])
@@ -3680,7 +3682,6 @@ class Watcher:
             if not clip.error and clip.state != DONE:
                 studio.afford([clip])
                 studio.make(clip)
-        studio.settle([clip])
 
     def work(self, clip: Clip, wait: Wait) -> None:
         """One clip, in a thread of the pool."""
@@ -3715,6 +3716,8 @@ class Watcher:
         if not same if error else clip.state != DONE:
             self.command.report(clip)
             self.command.settle([clip])
+        elif not error:
+            self.studio.settle([clip])  # a stop may have left a bill open
 
     def is_outage(self, clip: Clip, wait: Wait, error: Exception | None) -> bool:
         """Whether no clip can be made now, whatever it is: no network, no access, no funds. Its
