@@ -734,7 +734,8 @@ def choose_model(rows: Sequence[Reply], asked: str = "") -> Model | None:
     """The row that was asked for by id or slug, else Character 3, else None. Rows once had
     `ai_model_type` and `status`; today's have neither and are told by slug or name."""
     if asked:
-        found = [row for row in rows if asked in (row.text("id"), row.text("slug"))]
+        name = asked.lower()
+        found = [row for row in rows if name in (row.text("id").lower(), row.text("slug").lower())]
     else:
         active = [row for row in rows if (row.text("status") or "ACTIVE").upper() == "ACTIVE"]
         found = [
@@ -1301,9 +1302,9 @@ class Transport:
         until = time.monotonic() + self.longest_s()
 
         def before_retry(error: ApiError, wait_s: float) -> None:
-            if time.monotonic() + wait_s > until:
-                raise error
             self.before_retry(error, wait_s)
+            if max(time.monotonic() + wait_s, self.pace.until) > until:
+                raise error
 
         again = functools.partial(
             retry, max_retry_after=math.inf, max_delay=10.0, sleep=self.sleep, on_retry=before_retry

@@ -800,7 +800,7 @@ OTHER = entry(id="o", slug="together/hedra-avatar", name="Hedra Avatar")
     ([OTHER, SLUGGED], "", CHARACTER_3), ([{**SLUGGED, "id": None}], "", SLUG),
     ([entry(slug="x/character-30"), SLUGGED], "", CHARACTER_3), ([SLUGGED], "no/one", None),
     ([entry(id="n3", name="Hedra Character 3")], "", "n3"), ([SLUGGED, OTHER], "o", "o"),
-    ([SLUGGED, OTHER], "together/hedra-avatar", "o"),
+    ([SLUGGED, OTHER], "together/hedra-avatar", "o"), ([OTHER], "Together/Hedra-Avatar", "o"),
 ])
 def test_the_model_is_chosen_on_both_shapes_of_the_catalogue(rows, asked, model):
     chosen = hedra.choose_model([hedra.Reply(row) for row in rows], asked)
@@ -865,6 +865,13 @@ def test_a_harmless_request_is_repeated_after_a_passing_fault(clock, server, ver
     with pytest.raises(hedra.RateLimited):
         balance(KEYS[version], HEDRA_BASE_URL=server.url_for(""))
     assert sum(clock.naps) < 700, "where no deadline says when to stop"
+
+
+def test_a_limit_that_never_ends_is_told_in_hedras_words(clock, server, version, capsys):
+    server.expect_request(BALANCE[version][0]).respond_with_json({"detail": "too fast"}, 429)
+    environ = {"HEDRA_API_KEY": KEYS[version], "HEDRA_BASE_URL": server.url_for("")}
+    assert hedra.main(["credits"], environ) == 1
+    assert "too fast" in capsys.readouterr().err
 
 
 def closed_port() -> int:
