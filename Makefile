@@ -119,7 +119,7 @@ help: ## this list
 	  /^[a-z][a-z-]*:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' \
 	  $(firstword $(MAKEFILE_LIST))
 spoken = $(if $(SAY), --say="$$SAY")$(if $(VOICE), --voice $(call quote,$(VOICE)))
-into = $(blank)--out-dir $(call quote,$(OUT))
+into = $(if $(findstring --out,$(ARGS)),,$(blank)--out-dir $(call quote,$(OUT)))
 one = $(if $(WAV), --wav $(call quote,$(WAV)))$(spoken)$(if $(IMG), --img $(call quote,$(IMG)))
 run: ## one clip: WAV=hello.wav IMG=friend.png, or SAY='Good morning!' VOICE=Maya IMG=friend.png
 	$(if $(WAV)$(SAY),,$(error which recording or text? WAV=hello.wav or SAY='Good morning!'))

@@ -936,8 +936,9 @@ class Clip:
         """Whether this very run paid for it, what was quoted, and what Hedra has billed."""
         if paid := [part for part in self.parts if part.paid]:
             return True, total(part.price for part in paid), total(part.billed for part in paid)
-        record = Reply({}) if self.error else self.record
-        return False, record.number("price"), record.number("billed", "cost")
+        if self.error:  # before anything was paid by this run
+            return False, self.due or None, None
+        return False, self.record.number("price"), self.record.number("billed", "cost")
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -1006,10 +1007,11 @@ def retry(
 # ---- transport: Pace, Transport, iter_polls -----------------------------------------------------
 
 # What holds for the work of one thread: until when (time.monotonic), and its effort; until when
-# (kernel_s) its answer has to come.
+# (kernel_s) its answer has to come; what Hedra has said last, if that was a refusal.
 DEADLINE: ContextVar[float] = ContextVar("deadline", default=math.inf)
 EFFORT: ContextVar[dict[str, float]] = ContextVar("effort", default={})  # noqa: B039
 DUE: ContextVar[float] = ContextVar("due")
+REFUSAL: ContextVar[str] = ContextVar("refusal", default="")
 
 
 class Pace:
@@ -1050,7 +1052,7 @@ def faults(where: str, silence_s: float, proxy: str = "", ours: bool = True) -> 
         why, how = str(cause).rpartition(": ")[2], LATER
         barred = proxy and unsent and re.match(r"40[37]\b", why)
         if untrusted:
-            why = f"its certificate is not trusted ({error}); see SSL_CERT_FILE"
+            why, how = f"its certificate is not trusted ({error})", "see SSL_CERT_FILE"
         elif barred:  # to try again would only lock somebody out
             why, how = f"the proxy {proxy} refuses ({why})", "check the login in HTTPS_PROXY"
         elif unsent:
@@ -1059,7 +1061,7 @@ def faults(where: str, silence_s: float, proxy: str = "", ours: bool = True) -> 
             why = f"it did not come within {silence_s:g} s or the time given"
         text, away = f"no answer to {where}: {why}; {how}", unsent and ours
         raise ApiError(
-            text, retryable=not barred, ambiguous=not unsent, is_of_all=away
+            text, retryable=not (barred or untrusted), ambiguous=not unsent, is_of_all=away
         ) from None
 
 
@@ -1151,7 +1153,8 @@ class Transport:
     def sleep(self, seconds: float) -> None:
         """Wait, but not beyond the deadline; raises Stopped where the program ends meanwhile."""
         if self.left_s() <= 0:
-            raise StillRunning(f"the time given is over; {LATER}")
+            said = f" (before that: {REFUSAL.get()})" * bool(REFUSAL.get())
+            raise StillRunning(f"the time given is over{said}; {LATER}", words=REFUSAL.get())
         if self.stop.wait(max(0.0, min(seconds, self.left_s(), 1e6))):
             raise Stopped("the program was stopped; the next start takes this clip up")
 
@@ -1193,7 +1196,7 @@ class Transport:
             try:
                 if named:
                     at = urllib3.util.parse_url(named if "://" in named else f"http://{named}")
-                    proxy = f"{at.scheme}://{at.netloc}"
+                    proxy = f"{at.scheme}://{at.netloc}" if at.host else ""
                     login = at.auth and unquote(at.auth)
                     secret = urllib3.make_headers(proxy_basic_auth=login)
                     opener = functools.partial(urllib3.ProxyManager, proxy, proxy_headers=secret)
@@ -1239,12 +1242,15 @@ class Transport:
             self.sleep(wait_s)
         headers = {"Accept": "application/json", **mine, **headers}
         response = self.send(method, self.account.base_url + path, headers, body, silence_s)
+        REFUSAL.set("")
         if 200 <= response.status < 300:
             return response
         text = ""
         with contextlib.suppress(ApiError):  # a body that is cut takes nothing from the status
             text = self.text(response, where)
-        raise parse_error(response.status, response.headers, text, where)
+        error = parse_error(response.status, response.headers, text, where)
+        REFUSAL.set(error.words or f"status {error.status}")
+        raise error
 
     def blocks(
         self, response: urllib3.BaseHTTPResponse, where: str, patience_s: Callable[[], float]
@@ -1302,9 +1308,9 @@ class Transport:
         until = time.monotonic() + self.longest_s()
 
         def before_retry(error: ApiError, wait_s: float) -> None:
-            self.before_retry(error, wait_s)
-            if max(time.monotonic() + wait_s, self.pace.until) > until:
+            if time.monotonic() + wait_s > until:
                 raise error
+            self.before_retry(error, wait_s)
 
         again = functools.partial(
             retry, max_retry_after=math.inf, max_delay=10.0, sleep=self.sleep, on_retry=before_retry
@@ -1445,7 +1451,9 @@ class WebApi:
         if known_only:
             return Model("")
         model = self.listed(asked, kind)
-        if model.id and parse_price(model.row, 1.0, "540p") is not None:
+        # A row of the old kind has no prices at all; one whose prices make none is wrong.
+        bare = not model.row.values.keys() & {"pricing", "price_details"}
+        if model.id and (bare or parse_price(model.row, 1.0, "540p") is not None):
             memo.values[name] = {"at": int(time.time()), "model": model.row.values}
             with contextlib.suppress(OSError):  # the cache of another user of the group
                 memo.save()
@@ -1674,8 +1682,9 @@ class JobsApi:
         return ""
 
     def find_all(self, ids: Sequence[str]) -> dict[str, float | None]:
-        """Nothing to look for, see `find`."""
-        return {}
+        """What Hedra has billed for each of some jobs: a request each."""
+        jobs = {name: self.http.call("GET", f"/jobs/{in_path(name)}") for name in ids}
+        return {name: job.number("cost") for name, job in jobs.items()}
 
     def iter_status(self, job_id: str, interval_s: float, grace_s: float) -> Iterator[Status]:
         """The same from a stream, taken up again while it brings something new, then by polls."""
@@ -1835,6 +1844,12 @@ class View:
         self.results += 1
         self.deaf |= not self.over(sys.stdout, f"{text}\n")
 
+    def name(self, clip: Clip) -> str:
+        """The name of a clip, on a terminal cut to a part of its width."""
+        if self.where != "terminal":
+            return clip.name
+        return str(self.trim(printable(clip.name), max(12, screen_size(sys.stderr).columns - 46)))
+
     def state(
         self, clip: Clip, state: str, detail: str = "", note: str = "", share: float | None = None
     ) -> None:
@@ -1843,7 +1858,7 @@ class View:
             self.lines.setdefault(clip, time.monotonic())
             old, clip.shown, clip.note, clip.share = clip.shown, state, note or clip.note, share
             if old != state and (self.where == "log" or self.verbose):
-                self.say(f"{clip.name}: {state}" + (f" ({detail})" if detail else ""))
+                self.say(f"{self.name(clip)}: {state}" + (f" ({detail})" if detail else ""))
             self.draw()
 
     def move(self, clip: Clip, count: int, total: int) -> None:
@@ -1860,7 +1875,7 @@ class View:
 
     def row(self, clip: Clip, since: float, columns: int) -> str:
         """A line with its clock and, where it is known how far it is, a bar; cut to the width."""
-        name = f"{self.trim(printable(clip.name), max(12, columns - 45))}: " if clip.name else ""
+        name = f"{self.name(clip)}: " if clip.name else ""
         bar = "" if clip.share is None else " {percentage:3.0f}%|{bar}|"
         text = self.tqdm.format_meter(
             clip.share or 0.0, 1, time.monotonic() - since, ncols=columns, unit=clip.note,
@@ -1900,9 +1915,10 @@ class View:
 
 
 def open_view(quiet: bool = False, verbose: bool = False) -> View:
-    """Moving lines on a terminal, plain ones in a log, nothing where nothing is wanted."""
-    where: Literal["log", "terminal"] = "terminal" if screen_size(sys.stderr).columns else "log"
-    return View() if quiet else View(where, verbose)
+    """Moving lines on a terminal of our own, plain ones in a log, nothing where none is wanted."""
+    shared = re.search(r"(^| )-(j|-jobserver)", os.environ.get("MAKEFLAGS", ""))  # with others
+    moves = screen_size(sys.stderr).columns and not shared
+    return View() if quiet else View("terminal" if moves else "log", verbose)
 
 
 # ---- ledger: hidden, copy_video, Ledger ---------------------------------------------------------
@@ -2191,6 +2207,13 @@ def plain_name(name: str) -> str:
     return " ".join(unicodedata.normalize("NFC", name).split()).casefold()
 
 
+FOREIGN = (  # what is at a target and not for us to replace
+    "exists and is no video that Hedra made for this folder (edited, or of another origin): it is "
+    "left as it is, and nothing was paid; move it away or give another --out (--force makes, and "
+    "pays, a new take in place of a video)"
+)
+
+
 class Studio:
     """All that the clips of a command have in common, and the verbs over them: plan, afford,
     make, settle."""
@@ -2230,6 +2253,7 @@ class Studio:
             with self.blamed(clip):
                 (self.identify_speech if clip.kind == SPEECH else self.identify)(clip)
                 clip.state = self.judge(clip, force=self.force)
+                self.check(clip)
                 other = targets.setdefault(clip.place, clip)
                 if other is not clip:
                     whose = f"would be the video of {other.name} as well"
@@ -2246,7 +2270,7 @@ class Studio:
         self.look_for([p for clip in clips if clip.state in OPEN for p in clip.parts])
         for clip in [clip for clip in clips if clip.state != DONE]:
             with self.blamed(clip):
-                self.check(clip)
+                self.check_old(clip)
                 self.quote(clip)
 
     @contextlib.contextmanager
@@ -2389,12 +2413,20 @@ class Studio:
             raise InputError(text) from error
 
     def check(self, clip: Clip) -> None:
-        """Raise InputError where a result could not, or must not, be written; makes its folder."""
-        target, clip.is_doubtful = clip.target, False
+        """Raise InputError where a result could not be written; makes its folder."""
+        target, inputs = clip.target, (clip.audio, clip.image)
         if clip.state == DONE:
             return
         try:
-            self.check_old(clip)
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(target)  # another OSError where its name is too long
+                if not target.is_file():
+                    text = f"{target} is a folder, or else no file that a video could replace"
+                    raise InputError(text)
+                if any(target.samefile(file) for file in inputs if file.name and file.exists()):
+                    raise InputError(f"{target} is an input: the video needs a name of its own")
+                if clip.kind == VIDEO and not is_film(target):
+                    raise InputError(f"{target} {FOREIGN}")
             target.parent.mkdir(parents=True, exist_ok=True)
             probe = hidden(target, str(os.getpid()))
             probe.touch()
@@ -2406,18 +2438,10 @@ class Studio:
     def check_old(self, clip: Clip) -> None:
         """Raise InputError unless what lies at the target may go: a result of ours, or what is left
         of one. Where the ledger was lost only the download will tell: then it `is_doubtful`."""
-        target = clip.target
-        try:
-            os.lstat(target)  # another OSError where its name is too long
-        except FileNotFoundError:
-            return
-        if not target.is_file():
-            raise InputError(f"{target} is a folder, or else no file that a video could replace")
-        inputs = [file for file in (clip.audio, clip.image) if file.name and file.exists()]
-        if any(target.samefile(file) for file in inputs):
-            raise InputError(f"{target} is an input: the video needs a name of its own")
+        target, clip.is_doubtful = clip.target, False
         kept = clip.kind == SPEECH and target.parent == self.ledger.speeches
-        if kept or not (size := os.stat(target).st_size):
+        size = os.stat(target).st_size if target.exists() else 0
+        if clip.state == DONE or kept or not size:
             return
         known, whole = clip.record.part("videos").values, bool(inspect_film(target, clip.kind))
         if whole and (self.force or self.ledger.is_ours(video_digest(target))):
@@ -2430,14 +2454,12 @@ class Studio:
         cut = (was is None or size < was) and is_film(target)
         if clip.is_doubtful or (cut and not whole and place in known):
             return
-        raise InputError(
-            f"{target} exists and is no video that Hedra made for this folder (edited, or of "
-            "another origin): it is left as it is, and nothing was paid; move it away or give "
-            "another --out (--force makes, and pays, a new take in place of a video)"
-        )
+        raise InputError(f"{target} {FOREIGN}")
 
     def look_for(self, clips: Sequence[Clip]) -> None:
         """Ask in one go whether Hedra has generations that this ledger does not know of."""
+        if self.api.replays:
+            return
         asked = {
             reserved_id(key, clip.record.text("take")): (clip, key) for clip in clips
             for key in (clip.key, clip.other_key) if key and clip.state in OPEN
@@ -2547,6 +2569,7 @@ class Studio:
         with self.http.until(deadline, clip.effort), self.owned(clip):
             self.decide(clip)
             self.check(clip)
+            self.check_old(clip)
             if clip.state in OPEN:
                 self.order(clip)
             if clip.state != DONE:
@@ -2573,8 +2596,11 @@ class Studio:
             )
         unsent = clip.record.text("state") in ("", NEW, "intent")
         doubtful, found = clip.state == DOUBT, clip.found if unsent else ""
-        if not found and doubtful and not (found := self.look(clip)):
-            self.http.sleep(0.0)  # a look that the deadline cut short has found out nothing
+        if not found and doubtful:
+            found = self.look(clip)
+            if not found and self.http.left_s() <= 0:  # which has found out nothing
+                text = f"whether {clip.name} was paid for takes {GRACE_S:g} s to find out"
+                raise StillRunning(f"{text}: run it again with a longer --timeout")
         if found:
             self.accept(clip, found, paid=False)
             clip.state = FLIGHT
@@ -2809,14 +2835,13 @@ class Studio:
         once Hedra, GRACE_S after this look began, still knows of nothing. Other machines' clocks
         do not count."""
         first, pause_s = time.monotonic(), 0.25
-        while not self.api.replays:
-            if found := self.api.find(clip):
-                return found
-            if time.monotonic() - first >= GRACE_S or self.http.left_s() <= 0:
-                break
-            self.view.state(clip, "looking", "was the submit carried out?")
-            self.http.sleep(pause_s)
-            pause_s = min(3.0, 2 * pause_s)
+        with contextlib.suppress(StillRunning):
+            while not self.api.replays:
+                if (found := self.api.find(clip)) or time.monotonic() - first >= GRACE_S:
+                    return found
+                self.view.state(clip, "looking", "was the submit carried out?")
+                self.http.sleep(pause_s)
+                pause_s = min(3.0, 2 * pause_s)
         return ""
 
     def accept(self, clip: Clip, generation_id: str, *, paid: bool) -> None:
@@ -2891,7 +2916,8 @@ class Studio:
         http.waiting.add(name)
         try:
             for status in self.api.iter_status(name, self.interval_s, grace_s):
-                self.view.state(clip, status.state, share=status.progress)
+                if status.state != FAILED:  # which is told with its reason
+                    self.view.state(clip, status.state, share=status.progress)
             return status
         except StillRunning:
             text = f"generation {name} is still {status.state} and goes on at Hedra; {LATER}"
@@ -3473,8 +3499,9 @@ class Command:
         for clip in clips if self.args.json else ():
             shown = {
                 "name": clip.name, "state": clip.state, "seconds": clip.seconds,
-                "estimate": clip.is_estimate, "credits": None if clip.error else clip.due,
-                "unit": unit, "error": None, "balance": balance and balance.remaining,
+                "estimate": clip.is_estimate and clip.state in OPEN,
+                "credits": None if clip.error else clip.due, "unit": unit, "error": None,
+                "balance": balance and balance.remaining,
             }
             shown |= outcome(clip, unit) if clip.error else {}
             self.view.result(json.dumps(shown))
@@ -3507,9 +3534,9 @@ class Command:
         view.leave(clip)
         if clip.error and view.clips:
             state = "stopped" if isinstance(clip.error, Stopped) else "failed"
-            view.say(f"{clip.name}: {state}")  # the reason comes at the end
+            view.say(f"{view.name(clip)}: {state}")  # the reason comes at the end
         elif not clip.error and clip.state != DONE:
-            view.say(f"{clip.name}: done (in {clip.spent_s:.1f} s)")
+            view.say(f"{view.name(clip)}: done (in {clip.spent_s:.1f} s)")
         if not self.args.json and not clip.error:
             view.result(str(clip.target))
 
@@ -3532,12 +3559,11 @@ class Command:
         """Say what a batch has cost and, last, what failed; the exit status."""
         unit, failed = self.studio.api.unit, [(clip, clip.error) for clip in clips if clip.error]
         paid = [part for clip in clips for part in clip.parts if part.paid]
-        refused = {part for part in paid if part.record.text("state") == "refused"}
-        if paid and self.view.clips:
-            quoted = amount(total(0.0 if part in refused else part.price for part in paid), unit)
-            costs = (part.billed or 0.0 if part in refused else part.billed for part in paid)
-            billed = amount(total(costs), unit)
-            self.view.say(f"quoted {quoted.removesuffix(f' {unit}')}, billed {billed}")
+        if paid and self.view.clips:  # what was refused and has cost nothing counts 0
+            cost = [part for part in paid if part.billed or part.record.text("state") != "refused"]
+            quoted = amount(total(part.price for part in cost), unit).removesuffix(f" {unit}")
+            billed = amount(total(part.billed for part in cost), unit)
+            self.view.say(f"quoted {quoted}, billed {billed}")
         unsent = [clip for clip, error in failed if isinstance(error, Stopped)]
         if self.studio.broke and unsent:
             missing = amount(total(clip.due for clip in unsent), unit)
@@ -3651,7 +3677,8 @@ class Watcher:
                 if self.folder.is_dir():  # else gone again: the next turn sees it
                     text = f"{self.folder} cannot be watched: {error.strerror}"
                     raise InputError(f"{text}; --polling looks instead of listening") from error
-        self.view.say(f"{self.folder} is not there; waiting for it")
+        what = "no folder" if self.folder.exists() else "not there"
+        self.view.say(f"{self.folder} is {what}; waiting for it")
         return 0
 
     def look_round(self) -> None:
@@ -3838,7 +3865,6 @@ def cmd_watch(command: Command) -> int:
         observer.stop()
         watcher.pool.shutdown(wait=False, cancel_futures=True)
         observer.join(0.5)
-    view.say("stopped; generations in flight are in the ledger and taken up by the next start")
     return 0
 
 
@@ -3854,10 +3880,11 @@ def show_spent(ledger: Ledger, view: View, *, as_json: bool) -> int:
         row = months.setdefault((month, unit), {
             "month": month, "clips": 0, "speeches": 0, "quoted": 0.0, "billed": 0.0, "unit": unit,
         })
-        if take.text("state") != "refused":
+        billed = take.number("billed", "cost") or 0
+        if billed or take.text("state") != "refused":
             row["speeches" if take.text("kind") == SPEECH else "clips"] += 1
             row["quoted"] = round(row["quoted"] + (take.number("price") or 0), 6)
-        row["billed"] = round(row["billed"] + (take.number("billed", "cost") or 0), 6)
+        row["billed"] = round(row["billed"] + billed, 6)
     line = "{:8} {:>6} {:>9} {:>14} {:>14}"
     if not as_json:
         view.result(line.format("month", "clips", "speeches", "quoted", "billed"))
@@ -3944,7 +3971,6 @@ def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
         source = parser.add_mutually_exclusive_group(required=True)
         source.add_argument("--wav", metavar="FILE", default="", help="the recording, of any kind")
         source.add_argument("--say", metavar="TEXT|@FILE", default="", help="a text to be spoken")
-        add("--out", metavar="FILE", help="default: output/x.mp4")
     if command in ("batch", "watch"):
         folder = {"batch": "batch", "watch": "incoming"}[command]
         add("folder", metavar="DIR", nargs="?", default=folder, help="default %(default)s")
@@ -3970,7 +3996,10 @@ def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
             help="longest wait for a clip (default %(default)g)")
         add("--poll-interval", metavar="SECONDS", type=SECONDS, default=5.0,
             help="between two looks (default %(default)g)")
-        add("--out-dir", metavar="DIR", default="output", help="default %(default)s")
+        place = parser.add_mutually_exclusive_group()
+        if command == "run":
+            place.add_argument("--out", metavar="FILE", help="default: output/x.mp4")
+        place.add_argument("--out-dir", metavar="DIR", default="output", help="default %(default)s")
     if command == "credits":
         which = parser.add_mutually_exclusive_group()
         which.add_argument("--min", metavar="N", type=FUNDS, default=0.0, help="exit 1 if less")
@@ -4063,6 +4092,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     except KeyboardInterrupt as interrupt:
         signum = int(interrupt.args[0]) if interrupt.args else 2
         if signum == 15 and args.command == "watch" and not args.once:
+            view.say("stopped; what is at work at Hedra is taken up by the next start")
             return 0
         how = "without --force to go on and pay no other take" if args.force else "to go on"
         why = f"stopped; nothing that was paid for is lost: run it again {how}"

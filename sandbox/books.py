@@ -130,7 +130,7 @@ class Books:
     # v3 reads the key in the `body`, in the `header`, in `both`; `header-only` refuses the field.
     idempotency: str = "both"
     hidden_seconds: float = 0.0  # so long a new generation is not found
-    urlless_polls: int = 0  # v2: so many `complete` answers come without a URL
+    costless_looks: int = 0  # v3: so many looks at a job tell no cost
     fail_with: Json | None = None  # the v2 error in which the next videos end
     fail_speech_with: Json | None = None  # and the next speeches
     refund: bool = False  # and whether those cost nothing

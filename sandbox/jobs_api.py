@@ -330,7 +330,8 @@ class JobsApi(Desk):
             body |= {"outputs": [], "error": None, "metrics": None, "logs": self._events(one, 0)}
             if one.kind == VIDEO:
                 body["prompt"] = one.prompt
-            if state != "queued":  # money is taken when the work begins
+            one.looks += 1
+            if state != "queued" and one.looks > self.books.costless_looks:  # taken at its begin
                 body |= {"cost": one.bill, "currency": "USD"}
             if state == "complete":
                 body["outputs"] = [self._output(one)]

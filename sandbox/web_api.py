@@ -264,10 +264,8 @@ class WebApi(Desk):
             if body["status"] == "error":
                 body["error"] = one.refused
             elif body["status"] == "complete":
-                one.looks += 1
-                if one.looks > self.books.urlless_polls:
-                    url = self.books.output_url(one)
-                    body |= {"url": url, "download_url": url}
+                url = self.books.output_url(one)
+                body |= {"url": url, "download_url": url}
         return json_reply(200, body)
 
     def generations(self, request: Request, arg: str) -> Reply:
