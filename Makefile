@@ -125,7 +125,7 @@ run: ## one clip: WAV=hello.wav IMG=friend.png, or SAY='Good morning!' VOICE=May
 	$(if $(WAV)$(SAY),,$(error which recording or text? WAV=hello.wav or SAY='Good morning!'))
 	$(HEDRA) run$(one)$(into) $(call line,$(ARGS))
 watch: ## make a clip of whatever is put into incoming/, until Ctrl-C
-	$(HEDRA) watch$(into) $(ARGS)
+	$(HEDRA) watch$(if $(filter command,$(origin IN)), $(call quote,$(IN)))$(into) $(ARGS)
 credits: ## what the account can spend (ARGS=--spent: what was spent)
 	$(HEDRA) credits $(ARGS)
 voices: ## who can speak

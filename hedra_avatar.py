@@ -366,6 +366,9 @@ def sniff(head: bytes, kind: str) -> str:
 
 def wav_seconds(stream: IO[bytes], size: int) -> float:
     """The duration that a WAV header promises; raises InputError unless the file holds it all."""
+    stream.seek(0)
+    head = stream.read(8)
+    outer = int.from_bytes(head[4:], "little") if head[:4] == b"RIFF" else 0
     at, name, length, rate, wide = 12, b"", 0, 0, 0
     for _ in range(10_000):
         stream.seek(at)
@@ -383,6 +386,8 @@ def wav_seconds(stream: IO[bytes], size: int) -> float:
         text = f"its header promises {promised:,} bytes of sound and {there:,} are there"
         piped = " (to a file, not to a pipe)" if promised > 0xFFFF_0000 else ""
         raise InputError(f"{text}; export or copy it again{piped}", unfinished=True)
+    if size + 1 < 8 + outer < 0xFFFF_0000:  # chunks behind the sound; from a pipe it has no length
+        raise InputError("it ends too early; copy or export it again", unfinished=True)
     if not rate:
         raise InputError("it is a damaged WAV: its header has no byte rate")
     return promised / rate
@@ -775,7 +780,7 @@ HINTS = {  # by the status and the server's words: what a person can do
     "403.*scope": "make a key with that scope in Hedra's developer console",
     "403.*plan": "the plan of this account has no API access: change it at Hedra",
     "403": "if the account has moved to the new API, make a key with a colon (id:secret) there",
-    "404.*model": "check --model and HEDRA_MODEL_ID",
+    "404.*model": "check --model, --speech-model and HEDRA_MODEL_ID",
     "413": "the file is too large for Hedra",
     "408|425|429|[5-9]": LATER,
 }
@@ -886,6 +891,7 @@ class Clip:
     paid, is_doubtful, warning, spent_s = False, False, "", 0.0
     shown = note = ""  # in its line of the View; `share` is how far it is in its state, 0..1
     share: float | None = None
+    sending = 0  # bytes, of the files that are going up
 
     def __init__(self, name: str, target: Path, **wishes: Any) -> None:
         self.name, self.target, self.effort = name, target, dict[str, float]()
@@ -936,8 +942,8 @@ class Clip:
         """Whether this very run paid for it, what was quoted, and what Hedra has billed."""
         if paid := [part for part in self.parts if part.paid]:
             return True, total(part.price for part in paid), total(part.billed for part in paid)
-        if self.error:  # before anything was paid by this run
-            return False, self.due or None, None
+        if self.error and self.state in OPEN:
+            return False, self.due, None
         return False, self.record.number("price"), self.record.number("billed", "cost")
 
     @contextlib.contextmanager
@@ -1270,7 +1276,8 @@ class Transport:
 
     def text(self, response: urllib3.BaseHTTPResponse, where: str) -> str:
         """The whole body, without the key should the server echo it; raises ApiError."""
-        body, until = bytearray(), kernel_s() + self.account.silence_s
+        # The header, where one came just now, and the body together have that time.
+        body, until = bytearray(), DUE.get(kernel_s() + self.account.silence_s)
         for block in self.blocks(response, where, lambda: until - kernel_s()):
             body += block
             if (size := len(body)) > ANSWER_BYTES:
@@ -1360,7 +1367,9 @@ class Transport:
                 clean_url(url)
             except (InputError, ValueError) as error:  # a fresh address may be another
                 raise ApiError(f"{error}; {LATER}", retryable=True, code="ADDRESS") from None
-            response = self.send("GET", url, {"Accept-Encoding": "identity", **headers})
+            self.sleep(0.0)  # raises where the time is over
+            headers = {"Accept-Encoding": "identity", **headers}
+            response = self.send("GET", url, headers, None, max(0.1, self.patience_s()))
             target = response.headers.get("Location", "")
             if response.status not in (301, 302, 303, 307, 308) or not target:
                 return response
@@ -1844,11 +1853,11 @@ class View:
         self.results += 1
         self.deaf |= not self.over(sys.stdout, f"{text}\n")
 
-    def name(self, clip: Clip) -> str:
-        """The name of a clip, on a terminal cut to a part of its width."""
+    def name(self, clip: Clip, room: int = 46) -> str:
+        """The name of a clip, cut on a terminal so that there is room for what follows."""
         if self.where != "terminal":
             return clip.name
-        return str(self.trim(printable(clip.name), max(12, screen_size(sys.stderr).columns - 46)))
+        return str(self.trim(printable(clip.name), max(12, screen_size(sys.stderr).columns - room)))
 
     def state(
         self, clip: Clip, state: str, detail: str = "", note: str = "", share: float | None = None
@@ -2153,7 +2162,8 @@ class Download:
             raise ApiError(f"{text}; {LATER}", retryable=True, retry_after=wait_s, code="ADDRESS")
         shape = r"(\d{1,15})-\d+/(\d{1,15})" if response.status == 206 else r"\*/((\d{1,15}))"
         piece = re.fullmatch(f"bytes {shape}", headers.get("Content-Range", ""))
-        if piece and int(piece[1]) == size > 0:
+        etag = self.clip.record.text("etag")
+        if piece and int(piece[1]) == size > 0 and headers.get("ETag", etag) == etag:
             return int(piece[2])
         self.restart()
         raise ApiError("the server sent another piece than was asked for", retryable=True)
@@ -2169,7 +2179,7 @@ class Download:
             elif time.monotonic() - since > self.http.account.silence_s:
                 raise ApiError(f"the download stalls at {size:,} bytes; {LATER}", retryable=True)
             if max(size, total) > VIDEO_BYTES:
-                self.restart()
+                self.path.unlink()
                 raise ApiError(f"no video has {max(size, total):,} bytes; what came was dropped")
             if self.http.left_s() <= 0:
                 raise StillRunning(f"{size:,} bytes came in the time given and are kept; {LATER}")
@@ -2601,6 +2611,9 @@ class Studio:
             if not found and self.http.left_s() <= 0:  # which has found out nothing
                 text = f"whether {clip.name} was paid for takes {GRACE_S:g} s to find out"
                 raise StillRunning(f"{text}: run it again with a longer --timeout")
+            if not found and not self.api.replays:
+                clip.record.save(state=NEW)
+                clip.state = self.judge(clip, force=force, known=known)
         if found:
             self.accept(clip, found, paid=False)
             clip.state = FLIGHT
@@ -2676,6 +2689,14 @@ class Studio:
         with self.lock:
             held = self.held | {clip.reserved: clip.price or 0.0}
             paid = round(sum(held.values()), 6)
+            if self.cap is not None and clip.kind == VIDEO and clip.is_estimate:
+                how = "install ffprobe (a part of ffmpeg) or leave --max-credits out"
+                raise InputError(f"how long its speech is, and so its price, is not known: {how}")
+            left = self.balance.remaining - self.spent if self.balance else math.inf
+            if clip.speech and (clip.price or 0.0) > left:  # by now its true length is known
+                costs, has = amount(clip.price, unit), amount(max(0.0, left), unit)
+                text = f"the video costs about {costs} and the account has {has}"
+                raise OutOfCredits(f"{text}; its speech is kept: add funds and run it again")
             if self.cap is not None and (clip.price is None or paid > self.cap):
                 costs = f"{amount(clip.price, unit)}, and all together {amount(paid, unit)}"
                 text = f"the {clip.kind} costs {costs}; what was made before is kept"
@@ -2695,7 +2716,7 @@ class Studio:
         """Upload what Hedra has not got, or what it has forgotten, and write down what will be
         asked of it. A portrait is shared by all clips and processes; a recording is of this clip
         and take alone, so that it tells them apart."""
-        image = audio = ""
+        image, audio, clip.sending = "", "", 0
         if clip.kind == VIDEO:
             with clip.timed("uploading"):
                 image, audio = self.http.together(
@@ -2725,8 +2746,10 @@ class Studio:
         image = kind == "image"
         what, media = ("portrait", clip.portrait) if image else ("recording", clip.recording)
         self.view.state(clip, f"uploading {what}", f"{media.size_bytes / 1e6:.1f} MB")
-        moved = functools.partial(self.view.move, clip, total=media.size_bytes)
-        ref, lapses = self.api.upload(file, kind, moved)
+        clip.sending += media.size_bytes
+        ref, lapses = self.api.upload(
+            file, kind, lambda count: self.view.move(clip, count, clip.sending)
+        )
         if self.ledger.media(file, kind).digest != media.digest:
             raise InputError(f"{file} changed while it was sent; nothing was paid")
         record.values |= {**self.about(clip), name: ref, f"{name}_expires_at": lapses}
@@ -2869,9 +2892,8 @@ class Studio:
         if not clip.paid:
             detail = f"generation {clip.generation_id}, already paid"
             self.view.state(clip, "found", detail, note="already paid")
-        # What was delivered, and is not on this disk, may have lost its id: v2 tells for nothing.
-        here = self.api.replays or self.ledger.find(clip, nearby=True)
-        if clip.record.text("state") != "done" or not here:
+        # What was delivered, and is not on this disk, may have lost its id.
+        if clip.record.text("state") != "done" or not self.ledger.find(clip, nearby=True):
             with clip.timed("waiting"):
                 url = self.await_end(clip).url
         alone = [clip] if self.deadline < math.inf and clip.kind == VIDEO else []
@@ -3010,7 +3032,8 @@ class Studio:
     def settle(self, clips: Sequence[Clip], *, owned: bool = False) -> None:
         """Ask what Hedra has billed for what was made and has not been asked for, as a run may have
         been stopped: one request for all of it, and for one alone, `owned`, while it comes."""
-        asked = [part for clip in clips for part in clip.parts if part.record.flag("unbilled")]
+        ended = [c for c in clips if not c.error or c.record.text("state") != "submitted"]
+        asked = [part for clip in ended for part in clip.parts if part.record.flag("unbilled")]
         most_s = min(30.0, self.timeout_s, self.account.silence_s)
         limit = self.http.until(time.monotonic() + most_s)
         with contextlib.suppress(HedraError, OSError), limit:
@@ -3380,12 +3403,14 @@ def table(clips: Sequence[Clip], left: str, unit: str, columns: int) -> str:
     rows = [("clip", "seconds", unit, "state")]
     for clip in clips:
         mark = "~" if clip.is_estimate and clip.state in OPEN else ""
-        seconds = "" if clip.seconds is None else f"{mark}{clip.seconds:.1f}"
+        unknown = "" if clip.error else "?"
+        seconds = unknown if clip.seconds is None else f"{mark}{clip.seconds:.1f}"
         price = "" if clip.error else f"{mark}{amount(clip.due, '').strip()}"
         state = clip.state + (f": {explain(clip.error)}" if clip.error else "")
         rows.append((printable(clip.name), seconds, price, printable(state)))
     new = [clip for clip in clips if clip.state == NEW]
-    seconds = f"{sum(clip.seconds or 0 for clip in new):.1f}"
+    length = total(clip.seconds for clip in new)
+    seconds = "?" if length is None else f"{length:.1f}"
     due = amount(total(part.price for part in open_parts(clips)), "").strip()
     rows.append(("total", seconds, due, f"{len(new)} new; balance: {left}"))
     width = max(5, min(max(len(row[0]) for row in rows), columns - 24 - len(rows[-1][3])))
@@ -3534,9 +3559,9 @@ class Command:
         view.leave(clip)
         if clip.error and view.clips:
             state = "stopped" if isinstance(clip.error, Stopped) else "failed"
-            view.say(f"{view.name(clip)}: {state}")  # the reason comes at the end
+            view.say(f"{view.name(clip, 20)}: {state}")  # the reason comes at the end
         elif not clip.error and clip.state != DONE:
-            view.say(f"{view.name(clip)}: done (in {clip.spent_s:.1f} s)")
+            view.say(f"{view.name(clip, 20)}: done (in {clip.spent_s:.1f} s)")
         if not self.args.json and not clip.error:
             view.result(str(clip.target))
 

@@ -638,6 +638,7 @@ CUT = {  # else they are sent, and paid
     "nothing": b"", "a bit of a WAV": b"RIFF\0\0", "no sound yet": b"RIFF\0\0\0\0WAVEfmt ",
     "a WAV with its tail missing": wav_bytes(16000, 8000), "an RF64 as well": rf64(8000, 16000),
     "a WAV that is being written": wav_bytes(0, 8000),
+    "a WAV cut behind its sound": b"RIFF\xff\xff\0\0" + wav_bytes(8000, 8000)[8:],
     "an AIFF that is being written": b"FORM\0\0\0\0AIFF" + bytes(120),
 }
 
@@ -1720,7 +1721,7 @@ def test_a_forced_take_in_flight_is_taken_up_by_force_until_it_is_an_hour_old(wo
     world.succeed(paid=3)
 
 
-@pytest.mark.parametrize("way", ["funds", "upload", "submit"])
+@pytest.mark.parametrize("way", ["funds", "upload", "submit", "lost"])
 def test_a_forced_take_that_was_never_submitted_leaves_the_finished_one_in_force(world, way):
     assert world.run().status == 0
     if way == "funds":
@@ -1730,7 +1731,7 @@ def test_a_forced_take_that_was_never_submitted_leaves_the_finished_one_in_force
         world.box.forget_assets()
         world.fail("create" if world.version == "v2" else "upload", "404", 99)
     else:
-        world.fail("submit", "refused", 9)
+        world.fail("submit", "502-html" if way + world.version == "lostv2" else "refused", 9)
     assert world.run("--force").status == 1
     world.heal()
     world.box.balance_error = None
@@ -2267,13 +2268,11 @@ def test_a_bill_undoes_nothing_that_another_process_has_written_meanwhile(world)
 
 # ---- making a clip: nobody can hold it ----------------------------------------------------------
 
-DISTANT = "Fri, 02 Jan 2099 03:04:00 GMT"
-
-
 @pytest.mark.parametrize(
     ("version", "verb", "after"),
     [("v2", "status", "1e9"), ("v3", "stream", "1e9"), ("v2", "submit", 20)]
-    + [("v2", "submit", "1e9"), ("v3", "submit", "1e11"), ("v2", "download", DISTANT)]
+    + [("v2", "submit", "1e9"), ("v3", "submit", "1e11")]
+    + [("v2", "download", "Fri, 02 Jan 2099 03:04:00 GMT")]
     + [(version, verb, "soon") for version in ("v2", "v3") for verb in ("submit", "upload")],
 )
 def test_what_asks_for_a_wait_beyond_the_time_ends_the_clip(world, verb, after, clock):
@@ -2473,7 +2472,7 @@ def test_a_wrong_value_in_any_answer_is_no_bug_and_no_payment(
 
 FIRST_HALF = set(globals())  # `make test` runs the two side by side
 
-ROWS = re.compile(r"(?m)^(\S+) +(~?[\d.]*) +(~?[\d.?]*)  (\S.*)$")
+ROWS = re.compile(r"(?m)^(\S+) +(~?[\d.?]*) +(~?[\d.?]*)  (\S.*)$")
 
 
 @only_v2
@@ -2578,7 +2577,7 @@ def test_a_dry_run_of_a_folder_tells_each_clips_state_and_the_totals(world):
     (world.folder / "batch/new1.wav").unlink()
     (world.folder / "batch/new1.m4a").write_bytes(SOUNDS["m4a"])
     rows = {row[0]: row[1:] for row in ROWS.findall(world.batch("--dry-run").out)}
-    assert (rows["new1"][1], rows["total"][1]) == ("?", "?")
+    assert rows["new1"][:2] == rows["total"][:2] == ("?", "?")
 
 
 @only_v2
