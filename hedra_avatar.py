@@ -942,7 +942,7 @@ class Clip:
         """Whether this very run paid for it, what was quoted, and what Hedra has billed."""
         if paid := [part for part in self.parts if part.paid]:
             return True, total(part.price for part in paid), total(part.billed for part in paid)
-        if self.error and self.state in OPEN:
+        if self.error and self.state in OPEN:  # nothing was paid yet
             return False, self.due, None
         return False, self.record.number("price"), self.record.number("billed", "cost")
 
@@ -1360,7 +1360,7 @@ class Transport:
 
     def fetch(self, url: str, headers: Headers) -> urllib3.BaseHTTPResponse:
         """GET a file from another host: without the key, and only over an encrypted line."""
-        target = ""
+        target, headers = "", {"Accept-Encoding": "identity", **headers}
         for _ in range(5):
             try:
                 url = urljoin(url, target)
@@ -1368,7 +1368,6 @@ class Transport:
             except (InputError, ValueError) as error:  # a fresh address may be another
                 raise ApiError(f"{error}; {LATER}", retryable=True, code="ADDRESS") from None
             self.sleep(0.0)  # raises where the time is over
-            headers = {"Accept-Encoding": "identity", **headers}
             response = self.send("GET", url, headers, None, max(0.1, self.patience_s()))
             target = response.headers.get("Location", "")
             if response.status not in (301, 302, 303, 307, 308) or not target:
@@ -2656,6 +2655,7 @@ class Studio:
             raise Stopped(f"not sent, as the funds are used up: {self.broke}")
         if clip.speech and not clip.recording.size_bytes:
             self.speak(clip, clip.speech)
+            self.balance = self.tolerant(self.api.balance, "the balance")  # it has cost something
         self.quote(clip)
         self.begin_take(clip)
         self.hold(clip)
@@ -2692,9 +2692,9 @@ class Studio:
             if self.cap is not None and clip.kind == VIDEO and clip.is_estimate:
                 how = "install ffprobe (a part of ffmpeg) or leave --max-credits out"
                 raise InputError(f"how long its speech is, and so its price, is not known: {how}")
-            left = self.balance.remaining - self.spent if self.balance else math.inf
+            left = self.balance.remaining if self.balance else math.inf
             if clip.speech and (clip.price or 0.0) > left:  # by now its true length is known
-                costs, has = amount(clip.price, unit), amount(max(0.0, left), unit)
+                costs, has = amount(clip.price, unit), amount(left, unit)
                 text = f"the video costs about {costs} and the account has {has}"
                 raise OutOfCredits(f"{text}; its speech is kept: add funds and run it again")
             if self.cap is not None and (clip.price is None or paid > self.cap):
@@ -3032,8 +3032,10 @@ class Studio:
     def settle(self, clips: Sequence[Clip], *, owned: bool = False) -> None:
         """Ask what Hedra has billed for what was made and has not been asked for, as a run may have
         been stopped: one request for all of it, and for one alone, `owned`, while it comes."""
-        ended = [c for c in clips if not c.error or c.record.text("state") != "submitted"]
-        asked = [part for clip in ended for part in clip.parts if part.record.flag("unbilled")]
+        asked = [
+            part for clip in clips for part in clip.parts if part.record.flag("unbilled")
+            if not clip.error or part.record.text("state") != "submitted"  # it goes on
+        ]
         most_s = min(30.0, self.timeout_s, self.account.silence_s)
         limit = self.http.until(time.monotonic() + most_s)
         with contextlib.suppress(HedraError, OSError), limit:

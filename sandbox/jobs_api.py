@@ -330,8 +330,8 @@ class JobsApi(Desk):
             body |= {"outputs": [], "error": None, "metrics": None, "logs": self._events(one, 0)}
             if one.kind == VIDEO:
                 body["prompt"] = one.prompt
-            one.looks += 1
-            if state != "queued" and one.looks > self.books.costless_looks:  # taken at its begin
+            one.looks += 1  # money is taken when the work begins, and may be told later
+            if state != "queued" and one.looks > self.books.costless_looks:
                 body |= {"cost": one.bill, "currency": "USD"}
             if state == "complete":
                 body["outputs"] = [self._output(one)]
