@@ -1097,9 +1097,11 @@ class Line(io.RawIOBase):
         super().close()
 
 
+@functools.cache
 def bounded(pools: Any, silence_s: float) -> Any:
     """A class of urllib3's pools whose answers come in time, from their first byte on."""
     from http.client import HTTPException, HTTPResponse
+    from queue import LifoQueue
 
     from urllib3.exceptions import ProxyError
 
@@ -1127,7 +1129,9 @@ def bounded(pools: Any, silence_s: float) -> Any:
             DUE.set(kernel_s() + self.timeout)
             return super().getresponse()
 
-    return type("Pool", (pools,), {"ConnectionCls": Bounded})
+    # For idle connections, however many: urllib3 fills a queue of a size with as many placeholders.
+    idle: Any = staticmethod(lambda size: LifoQueue())
+    return type("Pool", (pools,), {"ConnectionCls": Bounded, "QueueCls": idle})
 
 
 def end(response: urllib3.BaseHTTPResponse) -> None:
@@ -1189,33 +1193,34 @@ class Transport:
         EFFORT.get()[what] = EFFORT.get().get(what, 0) + number
 
     def pool(self, url: str) -> tuple[Any, str]:
-        """The connection pool to an address, and the proxy that the environment names for it, ""
-        for none. Plain http goes to this very machine only, and would show a proxy the key."""
+        """The connection pool to an address's host, and the proxy that the environment names for
+        it, "" for none. Plain http goes to this very machine only, and would show a proxy the
+        key."""
         from urllib.request import getproxies, proxy_bypass
 
-        parts, proxies, urllib3 = urlsplit(url), getproxies(), need("urllib3")
-        named = (proxies.get("https") or proxies.get("all") or "").strip()
-        if parts.scheme != "https" or proxy_bypass(parts.netloc):
-            named = ""
-        if named not in self.pools:
-            opener, proxy = urllib3.PoolManager, ""
-            try:
-                if named:
-                    at = urllib3.util.parse_url(named if "://" in named else f"http://{named}")
-                    proxy = f"{at.scheme}://{at.netloc}" if at.host else ""
-                    login = at.auth and unquote(at.auth)
-                    secret = urllib3.make_headers(proxy_basic_auth=login)
-                    opener = functools.partial(urllib3.ProxyManager, proxy, proxy_headers=secret)
-                pool = opener(maxsize=1000, retries=False)
-            except ValueError:
-                text = f"the proxy {proxy or 'of HTTPS_PROXY'} is no http or https address"
-                raise InputError(text) from None
-            kinds = pool.pool_classes_by_scheme.items()
-            pool.pool_classes_by_scheme = {
-                scheme: bounded(pools, self.account.silence_s) for scheme, pools in kinds
-            }
-            self.pools[named] = pool, proxy
-        return self.pools[named]
+        parts = urlsplit(url)
+        if found := self.pools.get(parts.netloc):
+            return found
+        named, proxy, urllib3 = "", "", need("urllib3")
+        if parts.scheme == "https" and not proxy_bypass(parts.netloc):
+            named = (getproxies().get("https") or getproxies().get("all") or "").strip()
+        opener = urllib3.PoolManager
+        try:
+            if named:
+                at = urllib3.util.parse_url(named if "://" in named else f"http://{named}")
+                proxy = f"{at.scheme}://{at.netloc}" if at.host else ""
+                login = at.auth and unquote(at.auth)
+                secret = urllib3.make_headers(proxy_basic_auth=login)
+                opener = functools.partial(urllib3.ProxyManager, proxy, proxy_headers=secret)
+            pool = opener(retries=False)
+        except ValueError:
+            text = f"the proxy {proxy or 'of HTTPS_PROXY'} is no http or https address"
+            raise InputError(text) from None
+        kinds = pool.pool_classes_by_scheme.items()
+        pool.pool_classes_by_scheme = {
+            scheme: bounded(pools, self.account.silence_s) for scheme, pools in kinds
+        }
+        return self.pools.setdefault(parts.netloc, (pool, proxy))
 
     def send(
         self, method: str, url: str, headers: Headers, body: Any = None, silence_s: float = 0.0
