@@ -885,6 +885,7 @@ class Clip:
     state = NEW
     key = other_key = found = ""  # by which the ledger has it; the id that Hedra has it under
     asked_id = ""  # what to submit it as where it has no key
+    past: Collection[str] = ()  # what Hedra calls the takes that the ledger knows
     price: float | None = None
     billed: float | None = None
     error: Exception | None = None
@@ -1528,7 +1529,7 @@ class WebApi:
         for row in self.iter_rows(type="text_to_speech" if speech else "video", **query):
             made = row.part("input")
             said = made.text("text") == clip.prompt and made.text("voice_id") == clip.voice
-            said &= STATES.get(row.text("status").lower()) != FAILED  # of another take
+            said &= row.text("id") not in clip.past
             said &= not clip.model.slug or made.text("model_slug") == clip.model.slug
             if said if speech else clip.record.text("audio") in made.texts("audio_id"):
                 return row.text("id")
@@ -2397,6 +2398,7 @@ class Studio:
         takes = self.takes(clip.key)
         submitted = [take for take in takes if take.text("state") not in ("", NEW)]
         record = clip.record = submitted[-1] if submitted else takes[0]
+        clip.past = {take.text("generation_id") for take in takes}
         state = record.text("state")
         forced = force and clip.kind == VIDEO and known in (None, clip.generation_id)
         if state == "intent":

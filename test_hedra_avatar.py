@@ -2056,19 +2056,19 @@ def test_a_voice_is_known_in_any_case_and_else_the_nearest_are_told(world, voice
     assert spoken == ([] if words else [voice.casefold()])
 
 
-@pytest.mark.parametrize("kind", ["422", "failed"])
+@pytest.mark.parametrize("kind", ["422", "failed", "lost"])
 def test_a_text_that_is_refused_is_told_in_a_line_and_makes_no_video(world, kind):
-    if kind == "422":
-        world.box.refuse_texts = ("NEWS",)
-    else:
-        world.box.fail_speech_with = {"type": "MODERATION_FAILED", "message": "No news, please"}
-    for _ in range(2):
-        words = ["by moderation", "nothing was paid"] if kind == "422" else ["No news, please"]
-        world.run(say=TEXT).fails(*words)
-    assert (len(world.bought("text_to_speech")), world.bought()) == (kind == "failed", [])
-    assert ("refused" in world.run("--dry-run", say=TEXT).out) == (kind == "failed")
-    world.box.refuse_texts, world.box.fail_speech_with = (), None
-    assert world.run("--force", say=TEXT).status == 0  # a new take of the speech, too
+    world.box.ignore_reserved_id = lost = kind == "lost"
+    words = ["by moderation", "nothing was paid"] if kind == "422" else ["No news, please"]
+    world.box.refuse_texts = ("NEWS",) if kind == "422" else ()
+    world.box.fail_speech_with = {"type": "MODERATION_FAILED", "message": words[0]}
+    world.fail("submit", "reset-after", lost)
+    assert all(world.run(say=TEXT).fails(*words) for _ in range(2))
+    assert (len(world.bought("text_to_speech")), world.bought()) == (kind != "422", [])
+    assert ("refused" in world.run("--dry-run", say=TEXT).out) == (kind != "422")
+    world.box.refuse_texts, world.box.fail_speech_with = (), None  # a new take of the speech, too:
+    world.fail("submit", "reset", lost)  # what was not carried out is not the one before
+    world.succeed("--force", "--out", "output/hello.mp4", say=TEXT, speeches=1 + (kind != "422"))
 
 
 @pytest.mark.parametrize(("say", "words"), [
