@@ -1194,9 +1194,8 @@ class Transport:
         EFFORT.get()[what] = EFFORT.get().get(what, 0) + number
 
     def pool(self, url: str) -> tuple[Any, str]:
-        """The connection pool to an address's host, and the proxy that the environment names for
-        it, "" for none. Plain http goes to this very machine only, and would show a proxy the
-        key."""
+        """The connection pool to an address's host, and the proxy that the environment named for it
+        at first, "" for none. Plain http stays on this machine, and would show a proxy the key."""
         from urllib.request import getproxies, proxy_bypass
 
         parts = urlsplit(url)
@@ -1204,7 +1203,8 @@ class Transport:
             return found
         named, proxy, urllib3 = "", "", need("urllib3")
         if parts.scheme == "https" and not proxy_bypass(parts.netloc):
-            named = (getproxies().get("https") or getproxies().get("all") or "").strip()
+            proxies = getproxies()
+            named = (proxies.get("https") or proxies.get("all") or "").strip()
         opener = urllib3.PoolManager
         try:
             if named:
