@@ -104,6 +104,7 @@ TRIES, SUBMIT_TRIES = 5, 6  # of one request, the first included
 POLL_TRIES = 15  # in a row, before waiting for a generation is given up
 GRACE_S = 30.0  # after a submit, a status of 404 may still mean "not yet"
 FORCE_AFTER_S = 3600.0  # a take in flight that is younger is taken up by --force as well
+LATE_BILL_S = 3600.0  # after a submit: a bill may still come
 KEPT_S = 48 * 3600.0  # so long the jobs API keeps what it has made
 LONGEST_RETRY_AFTER_S = 300.0  # that is waited for where there is no deadline
 MODEL_AGE_S = 3600.0  # then the catalogue is asked again, for the price
@@ -1024,20 +1025,24 @@ REFUSAL: ContextVar[str] = ContextVar("refusal", default="")
 class Pace:
     """When requests may go out: none in the pause after a refusal, and then not all at once."""
 
-    until, pause_s = -math.inf, 1.0
+    until, pause_s = -math.inf, 0.5
+    sent = 0  # since the last pause
 
     def turn(self) -> float:
         """Seconds to wait until a request may go out: who waits comes back at random, spread over
-        as long again."""
-        left_s = self.until - time.monotonic()
-        return left_s + backoff_s(0, self.pause_s) if left_s > 0 else 0.0
+        half as long again."""
+        if (left_s := self.until - time.monotonic()) > 0:
+            return left_s + backoff_s(0, self.pause_s / 2)
+        self.sent += 1
+        return 0.0
 
     def refused(self, error: ApiError) -> None:
-        """Too fast: a pause for all; where Hedra does not say how long, the next one is longer."""
+        """Too fast: a pause for all; where Hedra does not say how long, the next one is longer if
+        hardly anything went out after the last one."""
         now = time.monotonic()
         if now < self.until:
             return  # the echo of a burst that was answered for
-        again = now < self.until + 2 * self.pause_s
+        again, self.sent = self.sent < 4, 0
         self.pause_s = error.retry_after or (min(30.0, 2 * self.pause_s) if again else 1.0)
         self.until = now + self.pause_s
 
@@ -1063,7 +1068,8 @@ def faults(where: str, silence_s: float, proxy: str = "", ours: bool = True) -> 
         elif barred:  # to try again would only lock somebody out
             why, how = f"the proxy {proxy} refuses ({why})", "check the login in HTTPS_PROXY"
         elif unsent:
-            why = f"the {f'proxy {proxy}' if proxy else 'server'} cannot be reached ({why})"
+            what, why = f"proxy {proxy}" if proxy else "server", why or "it keeps silent"
+            why = f"the {what} cannot be reached ({why})"
         elif isinstance(error, u.TimeoutError):
             why = f"it did not come within {silence_s:g} s or the time given"
         text, away = f"no answer to {where}: {why}; {how}", unsent and ours
@@ -2330,7 +2336,8 @@ class Studio:
             return digest_of("speech", clip.prompt, voice, model, self.account.id)
 
         known = self.voice_ids(clip.voice)
-        said = (voice for voice in known if self.ledger.load("clips", key_by(voice)).values)
+        takes = {voice: self.ledger.load("clips", key_by(voice)) for voice in known}
+        said = (voice for voice, take in takes.items() if take.text("state") not in ("", NEW))
         clip.voice = next(said, "") or self.voice(clip.voice)
         clip.key = key_by(clip.voice)
         if not clip.target.name:
@@ -2526,12 +2533,13 @@ class Studio:
 
     def tolerant(self, call: Callable[[], T], what: str) -> T | None:
         """The value of a request that is good to have: a fault is a warning, as the server has
-        the last word, and for a minute it is not asked for again. A key that is not accepted stops
-        all the same."""
+        the last word: it gets a quarter of the time, and after that a minute's rest. A key that is
+        not accepted stops all the same."""
         if time.monotonic() < self.unread.get(what, -math.inf):
             return None
         try:
-            return call()
+            with self.http.until(time.monotonic() + self.timeout_s / 4):
+                return call()
         except (ApiError, StillRunning) as error:
             if error.is_of_all and not isinstance(error, OutOfCredits):
                 raise
@@ -2956,11 +2964,13 @@ class Studio:
 
     def trace(self, clip: Clip) -> None:
         """Hedra does not know the id that it answered the submit with, or not yet: find the one
-        that the reserved id or key leads to."""
+        that the reserved id or key leads to. The id of what was delivered was right: its key, if
+        Hedra has forgotten that as well, would pay again."""
         take, at, found = clip.record, clip.record.number("submitted_at") or 0.0, ""
+        delivered = take.text("state") == "done"
         if not self.api.replays:
             found = self.api.find(clip)
-        elif time.time() - at < KEPT_S:
+        elif time.time() - at < KEPT_S and not (clip.generation_id and delivered):
             self.prepare(clip)
             found = self.api.submit(clip)
             take.save(state="submitted", submitted_at=at)
@@ -3053,14 +3063,17 @@ class Studio:
                     self.note_bill(part, found.get(part.generation_id), owned=owned)
 
     def note_bill(self, part: Clip, cost: float | None, *, owned: bool) -> None:
-        """Write down what Hedra says of a take that was asked for; a take that goes on is asked for
-        again. Without its lock another process may have gone on with its record since."""
+        """Write down what Hedra says of a take that was asked for; one that goes on, or has only
+        just ended, is asked for again. Without its lock another process may have gone on with its
+        record since."""
         part.billed = None if cost is None or cost < 0 else cost
         record = part.record if owned else self.ledger.load("clips", part.record.path.stem)
         if record.text("generation_id") == part.generation_id:
             part.record = record
             if record.flag("unbilled"):
-                later = cost is None and record.text("state") == "submitted"
+                age_s = time.time() - (record.number("submitted_at") or 0.0)
+                late = age_s < LATE_BILL_S and record.text("state") == "done"
+                later = cost is None and (late or record.text("state") == "submitted")
                 record.save(billed=part.billed, unbilled=later)
 
 
@@ -4106,10 +4119,26 @@ def supervise(work: Callable[[Command], int], command: Command) -> int:
             signal.signal(number, handler)
 
 
+def read_flags(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags; raises SystemExit, and tells with --json as well what is wrong with them."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return build_parser(argv).parse_args(argv)
+    except SystemExit as ended:
+        written(sys.stderr, told.getvalue())
+        if ended.code and "--json" in argv:
+            name = next((word for word in argv if word in COMMANDS), "")
+            error = InputError(told.getvalue().rpartition("error: ")[2].strip())
+            text = json.dumps(outcome(Clip(name, Path(), error=error), None))
+            written(sys.stdout, f"{text}\n")
+        raise
+
+
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
     """The command line; its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    args, view = build_parser(argv).parse_args(argv), View()
+    args, view = read_flags(argv), View()
     command: Command | None = None
     error: Exception
     with contextlib.suppress(AttributeError):  # file names as they are, UTF-8 or not

@@ -1192,6 +1192,19 @@ def test_a_timeout_is_told_as_one_and_loses_nothing(clock, server, environ):
     assert not list(Path().glob("out/*"))
 
 
+def test_refusals_that_name_no_time_make_the_pauses_longer_only_in_a_row(server, environ, clock):
+    statuses = iter([429, *[200] * 5] * 6 + [429] * 99)
+    server.expect_request("/billing/credits").respond_with_handler(
+        lambda request: Response('{"remaining": 5}', next(statuses))
+    )
+    for _ in range(30):
+        hedra.get_balance("key", environ=environ)
+    assert 6.0 <= sum(clock.naps) <= 6 * 1.5
+    with pytest.raises(hedra.RateLimited):
+        hedra.get_balance("key", environ=environ)
+    assert 30.0 <= max(clock.naps) <= 45.0
+
+
 def test_the_balance_has_a_unit_and_an_integer_in_the_old_function(server, environ, monkeypatch):
     server.expect_request("/billing/credits").respond_with_json({"remaining": 321.5})
     server.expect_request("/balance").respond_with_json({"balance": 12.34, "currency": "USD"})
@@ -1409,7 +1422,9 @@ def test_too_few_credits_shows_both_figures_and_uploads_nothing(world):
     assert "warning" in world.run().fails(*figures[world.version]).err
     assert world.box.paid == []
     world.money(100)
-    world.succeed()
+    world.fail("balance", "429", 999)
+    world.box.render_seconds = 10.0  # for which there is time left
+    assert "warning" in world.succeed("--timeout", "25").err
 
 
 def test_a_generation_that_fails_shows_hedras_reason_and_is_not_paid_again(world):
@@ -1430,6 +1445,7 @@ def test_a_generation_that_fails_shows_hedras_reason_and_is_not_paid_again(world
 
 # ---- making a clip: pay once, whatever goes wrong -----------------------------------------------
 
+TEXT = "Good morning! This is the news of the day, and it is short."
 EVERY = ["500", "502-html", "503", "429", "408", "302", "reset"]
 AFTER = ["500-after", "reset-after", "html-after", "not-json", "cut"]
 VERBS = {
@@ -1443,12 +1459,24 @@ SEVERAL = [
 ]
 
 
-@pytest.mark.parametrize(("version", "verb", "kind"), SEVERAL)
-def test_a_fault_of_any_call_pays_once(world, verb, kind):
+SPOKEN = [
+    (version, "submit", kind)
+    for version in ("v2", "v3") for kind in ("reset", "reset-after", "html-after", "not-json")
+] + [("v2", "voices", "500"), ("v2", "status", "503"), ("v3", "result", "reset")]
+
+
+GATEWAY = [*(("v2", status) for status in (302, 400, 403, 404, 422, 499)), ("v3", 404)]
+CASES = [*((*case, None, "") for case in SEVERAL), *((*case, None, TEXT) for case in SPOKEN)]
+CASES += [(version, "submit", "html-after", status, "") for version, status in GATEWAY]
+
+
+@pytest.mark.parametrize(("version", "verb", "kind", "value", "say"), CASES)
+def test_a_fault_of_any_call_pays_once(world, verb, kind, value, say):
+    world.box.ignore_reserved_id = bool(value or say) and verb == "submit"
     if (world.version, verb) == ("v3", "status"):
         world.fail("stream", "404", 9)
-    world.fail(verb, kind, value="/elsewhere" if kind == "302" else None)
-    world.succeed()
+    world.fail(verb, kind, value="/elsewhere" if kind == "302" else value)
+    world.succeed("--out", "output/hello.mp4", say=say, speeches=bool(say))
     assert world.box.faults[-1].times == 0, "the fault was not met"
 
 
@@ -1472,15 +1500,6 @@ def test_five_lost_answers_and_a_rerun_pay_once_wherever_hedra_reads_the_key(wor
     if rule.get("idempotency") == "header-only":
         fields = ["idempotency_key" in json.loads(sent.body) for sent in world.submits()]
         assert fields == [True] + [False] * 6
-
-
-@pytest.mark.parametrize(
-    ("version", "status"), [*(("v2", s) for s in (302, 400, 403, 404, 422, 499)), ("v3", 404)]
-)
-def test_a_gateways_page_in_answer_to_a_submit_leaves_open_what_happened(world, status):
-    world.box.ignore_reserved_id = True
-    world.fail("submit", "html-after", value=status)
-    world.succeed()
 
 
 def spoil_json(world, monkeypatch, verb, change):
@@ -1559,8 +1578,7 @@ def test_a_generation_that_hedra_never_shows_is_not_paid_for_again(world):
 
 
 def test_a_submit_that_is_never_answered_ends_and_the_rerun_finishes_the_clip(world, clock):
-    """By the clock of another machine the submit is an hour old; that does not
-    count, for Hedra may need a moment to know of it."""
+    """By another machine's clock the submit is an hour old, which does not count."""
     world.fail("submit", "reset-after", 99)
     world.fail("status", "500", 999)
     told = world.run()
@@ -1767,6 +1785,9 @@ def test_what_is_on_disk_is_used_wherever_it_went_when_hedra_has_deleted_it(worl
     target.unlink()
     shutil.rmtree("output", ignore_errors=True)
     world.run(*flags.get(way, [])).fails("48", "--force")  # no free way is left
+    world.box.faults += [Fault(verb, "404", 9) for verb in ("stream", "status", "result")]
+    world.run(*flags.get(way, [])).fails("neither at Hedra nor on this disk", "--force")
+    assert world.costly == count
 
 
 @only_v3
@@ -1779,15 +1800,6 @@ def test_recordings_that_change_names_find_their_videos_though_hedra_has_none(wo
     assert world.batch("--jobs", "1").status == 0
     assert world.outputs() == {"anna": before["ben"], "ben": before["anna"]}
     assert len(world.bought()) == 2
-
-
-def test_what_is_paid_is_fetched_though_another_clip_is_too_dear(world):
-    world.fill("anna")
-    assert world.batch().status == 0
-    (world.folder / "output/anna.mp4").unlink()
-    world.fill("ben")
-    world.batch("--max-credits", "0").fails("ben: ", "--max-credits")
-    world.check_all_paid("anna")
 
 
 @only_v2
@@ -1976,7 +1988,6 @@ def test_a_video_without_sound_or_of_another_length_is_kept_and_told(world, film
 
 # ---- making a clip: a text is spoken first ------------------------------------------------------
 
-TEXT = "Good morning! This is the news of the day, and it is short."
 
 
 def test_a_text_becomes_a_speech_and_a_video_each_paid_once(world):
@@ -2026,20 +2037,10 @@ def test_a_speech_that_no_video_can_have_is_delivered_and_a_voice_made_anew_is_f
     world.box.speak = stub_speak
     world.box.voices = [{**one, "id": one["id"][:-1] + "e"} for one in world.box.voices]
     world.run(say="Hi.").fails("0.40 s")  # by the voice that it was
+    world.fail("submit", "refused")  # what was never spoken is bound to no voice
+    world.run(say=TEXT).fails("by moderation")
+    world.box.voices = [{**one, "id": one["id"][:-1] + "d"} for one in world.box.voices]
     world.succeed("--out", "output/hello.mp4", say=TEXT, paid=1, speeches=2)
-
-
-SPEECH_FAULTS = [
-    (version, "submit", kind)
-    for version in ("v2", "v3") for kind in ("reset", "reset-after", "html-after", "not-json")
-] + [("v2", "voices", "500"), ("v2", "status", "503"), ("v3", "result", "reset")]
-
-
-@pytest.mark.parametrize(("version", "verb", "kind"), SPEECH_FAULTS)
-def test_a_fault_of_any_call_makes_one_speech_and_one_video(world, verb, kind):
-    world.box.ignore_reserved_id = verb == "submit"
-    world.fail(verb, kind)
-    world.succeed("--out", "output/hello.mp4", say=TEXT, paid=1, speeches=1)
 
 
 @pytest.mark.parametrize(("voice", "words"), [
@@ -2160,7 +2161,10 @@ def test_max_credits_stops_where_a_price_is_unknown_negative_or_no_number(world,
         world.heal()
     done = world.batch()
     assert (done.status, "nan" in done.err.lower()) == (0, False), done.err
-    assert set(world.outputs()) == {"anna", "ben"}
+    (world.folder / "output/anna.mp4").unlink()
+    world.fill("dear")
+    world.batch("--max-credits", "0").fails("dear", "--max-credits")  # what is paid is fetched
+    assert (set(world.outputs()), len(world.bought())) == ({"anna", "ben"}, 2)
 
 
 def test_copies_of_a_recording_are_priced_billed_and_paid_once(world):
@@ -2521,14 +2525,6 @@ def test_with_ffprobe_every_recording_has_a_price_and_a_limit(live, ffprobe):
     assert set(live.outputs()) == {"memo", "wave"}
 
 
-@only_v2
-def test_two_recordings_of_one_name_are_said_and_neither_is_guessed_at(world):
-    anna, _ = world.fill("anna", "ben")
-    (anna.parent / "anna.mp3").write_bytes(SOUNDS["mp3"])
-    world.batch().fails("anna.mp3", "anna.wav")
-    world.check_all_paid("ben")
-
-
 @only_v3
 def test_a_failed_clip_stops_no_other_and_is_listed_last_once_with_its_reason(world):
     names = ("anna", "ben", "cleo", "dora", "emil", "finn")
@@ -2537,16 +2533,17 @@ def test_a_failed_clip_stops_no_other_and_is_listed_last_once_with_its_reason(wo
     anna.write_bytes(whole[:-100])
     (folder / "dora.txt").write_bytes(b"\xff\xfe\xfa")
     os.mkfifo(folder / "finn.txt")
+    (folder / "emil.mp3").write_bytes(SOUNDS["mp3"])  # neither is guessed at
     world.fail("submit", "refused", skip=1)
     told = world.batch("--jobs", "1").fails()
-    assert len(told.out.splitlines()) == 2
-    reasons = ["anna.*cut short", "dora.*UTF-8", "finn.*not a file", "moderation"]
-    last = told.err.splitlines()[-4:]
-    assert [sum(bool(re.search(reason, line)) for line in last) for reason in reasons] == [1] * 4
+    assert told.out == "output/ben.mp4\n"
+    reasons = ["anna.*cut short", "dora.*UTF-8", "emil.mp3, emil.wav", "finn.*not a file", "modera"]
+    last = told.err.splitlines()[-5:]
+    assert [sum(bool(re.search(reason, line)) for line in last) for reason in reasons] == [1] * 5
     assert "Traceback" not in told.err
     anna.write_bytes(whole)
-    for name in ("dora", "finn"):
-        (folder / f"{name}.txt").unlink()
+    for name in ("dora.txt", "finn.txt", "emil.mp3"):
+        (folder / name).unlink()
     assert world.batch().status == 0
     world.check_all_paid(*names)
 
@@ -2881,7 +2878,7 @@ def test_a_clip_is_tried_again_until_it_is_there(watch, way, monkeypatch):
 def test_an_outage_is_outlived_with_a_line_each_way(watch, kind):
     world, names = watch.world, ("anna", "ben", "cleo", "dora")
     if kind == "funds":
-        world.money(2)
+        world.money(1)  # which is not enough for the shortest clip
     else:
         world.environ["HEDRA_BASE_URL"] = f"http://127.0.0.1:{closed_port()}/x"
 
@@ -2929,8 +2926,9 @@ def test_a_log_has_two_to_fifteen_plain_lines_a_clip(world):
     *(["run", "--wav", "x", "--set", f"{name}=x"] for name in ("audio_id", "idempotency_key")),
 ])
 def test_wrong_usage_is_exit_status_2(words):
-    told = call(*words)
+    told, (row,) = call(*words), call(*words, "--json").rows
     assert (told.status, told.out, "usage" in told.err) == (2, "", True)
+    assert (row["status"], row["error"] in told.err) == ("failed", True)
 
 
 BAD = {  # what makes a clip that cannot work, and the words of the error
@@ -3162,44 +3160,31 @@ def kill_when(
     world.before.clear()
 
 
-MOMENTS = [*(("v2", at) for at in (5, 7, 8, 9)), *(("v3", at) for at in (4, 5, 6, 7))]
+MOMENTS = [*(("v2", at, "") for at in (5, 7, 8, 9)), *(("v3", at, "") for at in (4, 5, 6, 7))]
+MOMENTS += [(version, at, TEXT) for version in ("v2", "v3") for at in (1, 2)]  # of its submits
 
 
-@pytest.mark.parametrize(("version", "moment"), MOMENTS)
-def test_a_process_that_is_killed_has_paid_once_and_the_rerun_finishes(live, moment):
+@pytest.mark.parametrize(("version", "moment", "say"), MOMENTS)
+def test_a_process_that_is_killed_has_paid_once_and_the_rerun_finishes(live, moment, say):
     live.box.ignore_reserved_id = moment == 8  # then its recording tells the generation
-    kill_when(live, lambda number: number == moment)
+    words = ("--say", say, "--voice", "Otis", "--out", "output/hello.mp4") if say else ()
+    kill_when(live, lambda n: (len(live.submits()) if say else n) == moment, *words)
     with frozen():
-        live.succeed()
+        live.succeed("--out", "output/hello.mp4", say=say, speeches=bool(say))
     (row,) = call("credits", "--spent", "--json").rows
-    assert row["billed"] == row["quoted"] == live.bought()[0].cost
+    cost = sum(one.cost for one in live.box.paid)
+    assert row["billed"] == row["quoted"] == pytest.approx(cost)
 
 
-@pytest.mark.parametrize("which", [1, 2])
-def test_a_kill_at_a_submit_of_a_text_makes_one_speech_and_one_video(live, which):
-    words = ("--say", TEXT, "--voice", "Otis", "--out", "output/hello.mp4")
-    kill_when(live, lambda number: len(live.submits()) == which, *words)
-    with frozen():
-        live.succeed("--out", "output/hello.mp4", say=TEXT, paid=1, speeches=1)
-
-
-@only_v2
-def test_four_processes_on_one_clip_and_one_portrait_pay_once(live):
+def test_processes_on_one_clip_one_text_and_one_portrait_pay_once(live):
     live.box.render_seconds = 0.3
     wavs = [live.wav, live.wav, live.wav, *live.fill("other", where=".")]
-    started = [start(live, "run", "--wav", str(w), "--img", "friend.png", *QUICK) for w in wavs]
-    told = [f"output/{name}.mp4\n" for name in ["hello"] * 3 + ["other"]]
+    clips = [*(["--wav", str(wav)] for wav in wavs), *[["--say", "Hi", "--voice", "Otis"]] * 2]
+    started = [start(live, "run", *clip, "--img", "friend.png", *QUICK) for clip in clips]
+    told = [f"output/{name}.mp4\n" for name in ["hello"] * 3 + ["other", "hi", "hi"]]
     assert [finish(process)[:2] for process in started] == [(0, path) for path in told]
-    live.check_all_paid("hello", "other")
-    assert (live.verbs.count("upload"), live.verbs.count("download")) == (3, 2)
-
-
-def test_two_processes_on_one_text_make_one_speech_and_one_video(live):
-    live.box.render_seconds = 0.2
-    words = ("--voice", "Otis", "--img", "friend.png", "--out", "output/hello.mp4", *QUICK)
-    started = [start(live, "run", "--say", TEXT, *words) for _ in range(2)]
-    assert [finish(process)[0] for process in started] == [0, 0]
-    live.check_paid(1, speeches=1)
+    live.check_all_paid("hello", "other", "hi")
+    assert (live.verbs.count("upload"), live.verbs.count("download")) == (4, 4)
 
 
 @only_v2
