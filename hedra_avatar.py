@@ -2445,11 +2445,11 @@ class Studio:
                 os.lstat(target)  # another OSError where its name is too long
                 if not target.is_file():
                     text = f"{target} is a folder, or else no file that a video could replace"
-                    raise InputError(text)
+                    raise InputError(text, retryable=True)
                 if any(target.samefile(file) for file in inputs if file.name and file.exists()):
                     raise InputError(f"{target} is an input: the video needs a name of its own")
                 if clip.kind == VIDEO and not is_film(target):
-                    raise InputError(f"{target} {FOREIGN}")
+                    raise InputError(f"{target} {FOREIGN}", retryable=True)
             target.parent.mkdir(parents=True, exist_ok=True)
             probe = hidden(target, str(os.getpid()))
             probe.touch()
@@ -2477,7 +2477,7 @@ class Studio:
         cut = (was is None or size < was) and is_film(target)
         if clip.is_doubtful or (cut and not whole and place in known):
             return
-        raise InputError(f"{target} {FOREIGN}")
+        raise InputError(f"{target} {FOREIGN}", retryable=True)
 
     def look_for(self, clips: Sequence[Clip]) -> None:
         """Ask in one go whether Hedra has generations that this ledger does not know of."""
@@ -2567,7 +2567,9 @@ class Studio:
         if self.balance and price > (left := self.balance.remaining):
             how = "add funds and run the same command again; nothing was uploaded or paid"
             costs, has = amount(price, unit), amount(left, unit)
-            raise OutOfCredits(f"this costs about {costs} and the account has {has}: {how}")
+            text = f"this costs about {costs} and the account has {has}: {how}"
+            share = MIN_SECONDS / max(MIN_SECONDS, sum(part.seconds or 0.0 for part in new))
+            raise OutOfCredits(text, is_of_all=left < share * price)  # not even the shortest
 
     def tell_unknown(self, clips: Sequence[Clip], cap: float | None = None) -> None:
         """Say of which clips no price is known, and why; raises InputError where there is a cap."""
@@ -2641,7 +2643,8 @@ class Studio:
 
         def refuse() -> None:
             busy = f"{clip.target} is being written by another process, for another clip"
-            raise InputError(f"{busy}; nothing was paid: give this one another --out")
+            text = f"{busy}; nothing was paid: give this one another --out"
+            raise InputError(text, unfinished=True)
 
         waiting = functools.partial(self.view.state, clip, "waiting", "it is made elsewhere")
         mine = self.ledger.own(f"clip {clip.key}", waiting)
@@ -2766,7 +2769,8 @@ class Studio:
             file, kind, lambda count: self.view.move(clip, count, clip.sending)
         )
         if self.ledger.media(file, kind).digest != media.digest:
-            raise InputError(f"{file} changed while it was sent; nothing was paid")
+            text = f"{file} changed while it was sent; nothing was paid"
+            raise InputError(text, unfinished=True)
         record.values |= {**self.about(clip), name: ref, f"{name}_expires_at": lapses}
         record.values |= {} if image else {"state": record.text("state") or NEW}
         record.save()
@@ -3385,9 +3389,10 @@ def clip_of(
 
 
 def is_being_written(file: Path) -> bool:
-    """Whether a program still has a file open that it may add to: encoders write in steps that are
-    many seconds apart. The kernel refuses a lease then (fcntl(2), F_SETLEASE: Linux, of one's own
-    files); some network shares always do, so that what has long been left alone is taken."""
+    """Whether a program still has a file open that it may add to, though it looks whole: encoders
+    write in steps that are many seconds apart, and some mend the header at each. The kernel refuses
+    a lease then (fcntl(2), F_SETLEASE: Linux, of one's own files); some network shares always do,
+    so that what has long been left alone is taken."""
     import fcntl
     import signal
 
@@ -3411,9 +3416,9 @@ def folder_clip(sources: Sequence[Path], args: argparse.Namespace, names: Names)
         if len(sources) > 1:
             rivals = ", ".join(source.name for source in sources)
             raise InputError(f"two recordings of one name: {rivals}; keep one")
-        endless = args.command == "watch" and sources[0].name.lower().endswith(ENDLESS)
-        if endless and is_being_written(sources[0]):
-            text = f"{sources[0]} is still being written: nothing was sent, it is taken when whole"
+        files = files_of(sources[0].parent, [sources[0].name], names)
+        if busy := next(filter(is_being_written, files), None):
+            text = f"{busy} is still being written: nothing was sent, it is taken when whole"
             raise InputError(text, unfinished=True)
         return clip_of(sources[0], args, names)
     except InputError as error:
@@ -3632,6 +3637,7 @@ STILL_S, LONG_STILL_S = 1.0, 4.0  # without a change: it may be whole
 STUCK_S = 10.0  # without a change: a file that is not whole is worth a line
 RESCAN_S = 60.0  # events can be lost
 PAUSES_S = (15.0, 300.0)  # between two tries: the first and the longest
+PASSING = re.compile(rf"(?i){UUID_SHAPE.pattern}|\[trace id .*?\]")  # no two errors have the same
 
 
 def still_s(file: Path) -> float:
@@ -3640,22 +3646,23 @@ def still_s(file: Path) -> float:
 
 
 def restless(folder: Path) -> dict[str, float]:
-    """The clips of a folder whose files, by their times, may still be being written, and for how
-    many seconds they are to be left alone."""
+    """The clips of a folder whose files may still be being written, and for how many seconds they
+    are to be left alone."""
     names, found = folder_names(folder), dict[str, float]()
     for stem, sources in source_names(names).items():
         for file in files_of(folder, sources, names):
             with contextlib.suppress(OSError):
                 age_s = time.time() - os.stat(file).st_mtime
-                if 0 <= age_s < still_s(file):
-                    found[stem] = max(found.get(stem, 0.0), still_s(file) - age_s)
+                left_s = still_s(file) - age_s if age_s >= 0 else 0.0
+                if left_s > 0 or is_being_written(file):
+                    found[stem] = max(found.get(stem, TURN_S), left_s)
     return found
 
 
 class Wait:
     """When something is tried (again), and what was said of it; `sign`: how its files look."""
 
-    tries, refusals, busy, is_final = 0, 0, False, False
+    tries, refusals, busy = 0, 0, False
     portrait = ""  # how the one that clips share looked
 
     def __init__(self, sign: str = "", due: float = 0.0, why: str = "") -> None:
@@ -3739,10 +3746,11 @@ class Watcher:
         for stem, sources in found.items():
             files, wait = files_of(self.folder, sources, names), self.waits.get(stem)
             sign = " ".join(map(signature, files))
-            changed = wait and wait.is_final and wait.portrait != self.portrait
+            changed = wait and wait.why and wait.portrait != self.portrait
             if not wait or ((changed or wait.sign != sign) and not wait.busy):
                 rest_s = max(map(still_s, files))
                 wait = self.waits[stem] = Wait(sign, now + rest_s, wait.why if wait else "")
+                wait.portrait = self.portrait
             if now >= wait.due and not wait.busy:
                 clip = folder_clip(files[: len(sources)], self.args, names)
                 wait.busy, wait.due, wait.portrait = True, math.inf, self.portrait
@@ -3780,8 +3788,7 @@ class Watcher:
         again = error is not None and not is_final(clip, error, wait.refusals)
         wait.refusals += isinstance(error, GenerationFailed)
         wait.why = explain(error) + "; it is tried again" * again if error else ""
-        same = UUID_SHAPE.sub("", wait.why) == UUID_SHAPE.sub("", before)
-        wait.is_final = error is not None and not again
+        same = PASSING.sub("", wait.why) == PASSING.sub("", before)
         if again:
             wait.later()
             wait.due = now if isinstance(error, StillRunning) else wait.due  # it has waited
@@ -3809,7 +3816,7 @@ class Watcher:
                     outage.later()
                 outage.why, wait.due = explain(error), outage.due
                 return True
-            if outage.why and not isinstance(error, InputError):  # Hedra has answered
+            if outage.why and clip.effort.get("requests"):  # Hedra has answered
                 self.outage = Wait()
                 self.view.say("going on")
             return False
