@@ -1413,6 +1413,7 @@ def iter_polls(api: Api, name: str, interval_s: float, grace_s: float) -> Iterat
 
 UUID_SHAPE = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 in_path = functools.partial(quote, safe="", errors="replace")  # an id as a part of an address
+in_query = functools.partial(urlencode, errors="replace")
 
 
 class WebApi:
@@ -1554,7 +1555,7 @@ class WebApi:
         seen: set[str] = set()
         while True:
             page = {**query, "limit": "100", "offset": str(len(seen))}
-            reply = self.http.call("GET", f"/generations?{urlencode(page)}")
+            reply = self.http.call("GET", f"/generations?{in_query(page)}")
             rows = {row.must(row.text, "id"): row for row in reply.must(reply.rows, "data")}
             fresh = rows.keys() - seen
             yield from (row for name, row in rows.items() if name in fresh)
@@ -1570,7 +1571,7 @@ class WebApi:
         if status.url or not status.asset_id:
             return status
         query = {"type": "audio" if kind == SPEECH else "video", "ids": status.asset_id}
-        for row in self.http.call("GET", f"/assets?{urlencode(query)}").rows("rows") or ():
+        for row in self.http.call("GET", f"/assets?{in_query(query)}").rows("rows") or ():
             if row.text("id") == status.asset_id:
                 return status._replace(url=row.part("asset").text("download_url", "url"))
         return status
@@ -1790,7 +1791,7 @@ class JobsApi:
             if (cursor := reply.text("next_cursor")) in seen:
                 return voices
             seen.add(cursor)
-            query = f"?{urlencode({'cursor': cursor})}"
+            query = f"?{in_query({'cursor': cursor})}"
 
 
 Api = WebApi | JobsApi

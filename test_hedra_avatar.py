@@ -1197,8 +1197,7 @@ def test_refusals_that_name_no_time_make_the_pauses_longer_only_in_a_row(server,
     server.expect_request("/billing/credits").respond_with_handler(
         lambda request: Response('{"remaining": 5}', next(statuses))
     )
-    for _ in range(30):
-        hedra.get_balance("key", environ=environ)
+    assert all(hedra.get_balance("key", environ=environ) for _ in range(30))
     assert 6.0 <= sum(clock.naps) <= 6 * 1.5
     with pytest.raises(hedra.RateLimited):
         hedra.get_balance("key", environ=environ)
@@ -1567,6 +1566,8 @@ def test_pages_without_an_end_end_with_the_time(world, monkeypatch, clock):
     world.after.append(lambda number: clock.tick(1))
     world.fail("voices", "503")  # which is over by then, and no reason
     world.run("--timeout", "50", say=TEXT).fails("time given is over; ")
+    cursors = iter("\ud800" * 9)  # which cannot be sent as it is
+    world.run(say=TEXT).fails("Hedra answered 400")
 
 
 @only_v2
@@ -1578,14 +1579,13 @@ def test_a_generation_that_hedra_never_shows_is_not_paid_for_again(world):
 
 
 def test_a_submit_that_is_never_answered_ends_and_the_rerun_finishes_the_clip(world, clock):
-    """By another machine's clock the submit is an hour old, which does not count."""
     world.fail("submit", "reset-after", 99)
     world.fail("status", "500", 999)
     told = world.run()
     assert (told.status, "again" in told.last, "--force" in told.err) == (1, True, False)
     world.heal()
     world.box.hidden_seconds = 1e9
-    clock.tick(3600)
+    clock.tick(3600)  # by another machine's clock it is old, which does not count
     for one in world.box.generations.values():
         one.created = time.monotonic() - 1e9 + 15
     world.succeed()
