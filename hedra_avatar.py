@@ -3419,7 +3419,7 @@ def folder_clip(sources: Sequence[Path], args: argparse.Namespace, names: Names)
             raise InputError(f"two recordings of one name: {rivals}; keep one")
         files = files_of(sources[0].parent, [sources[0].name], names)
         if busy := next(filter(is_being_written, files), None):
-            text = f"{busy} is still being written: nothing was sent, it is taken when whole"
+            text = f"{busy} is still being written: nothing was sent; try again when it is closed"
             raise InputError(text, unfinished=True)
         return clip_of(sources[0], args, names)
     except InputError as error:
@@ -3638,7 +3638,9 @@ STILL_S, LONG_STILL_S = 1.0, 4.0  # without a change: it may be whole
 STUCK_S = 10.0  # without a change: a file that is not whole is worth a line
 RESCAN_S = 60.0  # events can be lost
 PAUSES_S = (15.0, 300.0)  # between two tries: the first and the longest
-PASSING = re.compile(rf"(?i){UUID_SHAPE.pattern}|\[trace id .*?\]")  # no two errors have the same
+PASSING = re.compile(  # what is another in each telling of the same
+    rf"(?i){UUID_SHAPE.pattern}|\[trace id .*?\]|the account has [^:;]*"
+)
 
 
 def still_s(file: Path) -> float:
@@ -3887,7 +3889,7 @@ def cmd_batch(command: Command, unfinished: Iterable[str] = ()) -> int:
         for sources in source_names(names).values()
     ]
     for clip in clips:
-        if clip.name in unfinished:
+        if clip.name in unfinished and not clip.error:
             clip.error, clip.state = InputError("it is still being written; run it again"), BAD
     if text := ignored_text(names):
         view.say(text)
@@ -4137,7 +4139,7 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
         written(sys.stderr, told.getvalue())
         if ended.code and "--json" in argv:
             name = next((word for word in argv if word in COMMANDS), "")
-            error = InputError(told.getvalue().rpartition("error: ")[2].strip())
+            error = InputError(told.getvalue().partition(": error: ")[2].strip())
             text = json.dumps(outcome(Clip(name, Path(), error=error), None))
             written(sys.stdout, f"{text}\n")
         raise
