@@ -1071,7 +1071,7 @@ def faults(where: str, silence_s: float, proxy: str = "", ours: bool = True) -> 
             what, why = f"proxy {proxy}" if proxy else "server", why or "it keeps silent"
             why = f"the {what} cannot be reached ({why})"
         elif isinstance(error, u.TimeoutError):
-            why = f"it did not come within {silence_s:g} s or the time given"
+            why = f"it did not come within {silence_s:.3g} s or the time given"
         text, away = f"no answer to {where}: {why}; {how}", unsent and ours
         raise ApiError(
             text, retryable=not (barred or untrusted), ambiguous=not unsent, is_of_all=away
@@ -1234,6 +1234,8 @@ class Transport:
     ) -> urllib3.BaseHTTPResponse:
         """One request; the answer, its body unread. A redirect would take the key elsewhere."""
         (pool, proxy), silence_s = self.pool(url), silence_s or self.account.silence_s
+        if method == "GET":  # which nothing is lost by
+            silence_s = min(silence_s, max(0.1, self.left_s()))
         self.count("requests")
         where, ours = f"{method} {urlsplit(url).netloc}{urlsplit(url).path}", self.account.base_url
         headers = {"User-Agent": f"hedra_avatar/{__version__}", **headers}
