@@ -1382,7 +1382,7 @@ class Transport:
             except (InputError, ValueError) as error:  # a fresh address may be another
                 raise ApiError(f"{error}; {LATER}", retryable=True, code="ADDRESS") from None
             self.sleep(0.0)  # raises where the time is over
-            response = self.send("GET", url, headers, None, max(0.1, self.patience_s()))
+            response = self.send("GET", url, headers)
             target = response.headers.get("Location", "")
             if response.status not in (301, 302, 303, 307, 308) or not target:
                 return response
