@@ -3391,25 +3391,40 @@ def clip_of(
     return clip
 
 
-def is_being_written(file: Path) -> bool:
-    """Whether a program still has a file open that it may add to, though it looks whole: encoders
-    write in steps that are many seconds apart, and some mend the header at each. The kernel refuses
-    a lease then (fcntl(2), F_SETLEASE: Linux, of one's own files); some network shares always do,
-    so that what has long been left alone is taken."""
+def has_writer(file: Path, flags: int = 0) -> bool:
+    """Whether the kernel refuses a lease (fcntl(2), F_SETLEASE: Linux, of one's own files), as it
+    does while a program has the file open to write."""
     import fcntl
     import signal
 
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NONBLOCK)  # it may be a pipe
-
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | flags)  # it may be a pipe
     try:
-        if not 0 <= time.time() - os.stat(file).st_mtime < LONGEST_STEP_S:
-            return False
-        with open(file, "rb", opener=opener) as stream:
-            fcntl.fcntl(stream, fcntl.F_SETSIG, signal.SIGURG)  # ignored, should a writer come now
-            fcntl.fcntl(stream, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-    except (OSError, AttributeError) as error:
-        return isinstance(error, BlockingIOError)
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)  # ignored, should a writer come now
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+@functools.cache
+def grants_leases(folder: Path) -> bool:
+    """Whether it grants one of a file that nobody writes: some network shares have none to give."""
+    probe = hidden(folder / "lease", str(os.getpid()))
+    try:
+        return not has_writer(probe, os.O_CREAT)
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def is_being_written(file: Path) -> bool:
+    """Whether a program still has a file open that it may add to, though it looks whole: encoders
+    write in steps that are many seconds apart, and some mend the header at each. What has long
+    been left alone is taken; where nobody can tell, the times alone decide."""
+    with contextlib.suppress(OSError, AttributeError):  # AttributeError: not on Linux
+        if 0 <= time.time() - os.stat(file).st_mtime < LONGEST_STEP_S:
+            return has_writer(file) and grants_leases(file.parent)
     return False
 
 
