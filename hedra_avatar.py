@@ -2915,7 +2915,7 @@ class Studio:
             detail = f"generation {clip.generation_id}, already paid"
             self.view.state(clip, "found", detail, note="already paid")
         # What was delivered, and is not on this disk, may have lost its id.
-        if clip.record.text("state") != "done" or not self.ledger.find(clip, nearby=True):
+        if not self.ledger.find(clip, nearby=True):
             with clip.timed("waiting"):
                 url = self.await_end(clip).url
         alone = [clip] if self.deadline < math.inf and clip.kind == VIDEO else []
