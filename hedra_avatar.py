@@ -316,7 +316,7 @@ SIGNATURES = {  # of the first bytes
     "image/png": rb"\x89PNG\r\n\x1a\n", "image/jpeg": rb"\xff\xd8\xff",
     "image/webp": rb"RIFF....WEBP", "audio/wav": rb"(RIFF|RF64|BW64)....WAVE",
     "audio/aiff": rb"FORM....AIF[FC]", "audio/flac": rb"fLaC", "audio/ogg": rb"OggS",
-    "audio/mp4": rb"....ftyp([MF]4[ABV].|mp4[12]|iso[m2-9]|isml|dash|cmf.|avc1|3g[p2].|MSNV|qt  )",
+    "audio/mp4": rb"....ftyp(?!avi|crx|hei|hev|jp2|mif|msf)",  # which are images
     # A tag, or a frame: sync, MPEG 1, 2 or 2.5, layer III, a bit rate and a sampling rate.
     "audio/mpeg": rb"ID3|\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xeb]",
 }
@@ -365,12 +365,13 @@ def sniff(head: bytes, kind: str) -> str:
     return next((name for name in found if name.startswith(kind)), "")
 
 
-def wav_seconds(stream: IO[bytes], size: int) -> float:
-    """The duration that a WAV header promises; raises InputError unless the file holds it all."""
+def wav_seconds(stream: IO[bytes], size: int) -> float | None:
+    """The duration that a WAV header promises, None where its sound is compressed; raises
+    InputError unless the file holds it all."""
     stream.seek(0)
     head = stream.read(8)
     outer = int.from_bytes(head[4:], "little") if head[:4] == b"RIFF" else 0
-    at, name, length, rate, wide = 12, b"", 0, 0, 0
+    at, name, length, form, rate, wide = 12, b"", 0, 0, 0, 0
     for _ in range(10_000):
         stream.seek(at)
         head = stream.read(24)
@@ -380,17 +381,20 @@ def wav_seconds(stream: IO[bytes], size: int) -> float:
         if name == b"ds64":  # of an RF64, whose other lengths are too short for it
             wide = int.from_bytes(head[16:24], "little")
         elif name == b"fmt ":
-            rate = int.from_bytes(head[16:20], "little")
+            form, rate = int.from_bytes(head[8:10], "little"), int.from_bytes(head[12:16], "little")
+            rate *= int.from_bytes(head[20:22], "little")  # bytes of all channels at an instant
         at += length + length % 2
     promised, there = (wide or length, max(0, size - at)) if name == b"data" else (0, 0)
     if not promised or promised > there:
         text = f"its header promises {promised:,} bytes of sound and {there:,} are there"
-        piped = " (to a file, not to a pipe)" if promised > 0xFFFF_0000 else ""
+        piped = " (to a file, not to a pipe)" if promised > LIMITS["audio"][0] else ""
         raise InputError(f"{text}; export or copy it again{piped}", unfinished=True)
-    if size + 1 < 8 + outer < 0xFFFF_0000:  # chunks behind the sound; from a pipe it has no length
+    if size < outer < 0xFFFF_0000:  # chunks behind the sound; from a pipe it has no length
         raise InputError("it ends too early; copy or export it again", unfinished=True)
+    if form not in (1, 3, 6, 7, 0xFFFE):  # whole numbers, floats, A-law, mu-law, told further on
+        return None
     if not rate:
-        raise InputError("it is a damaged WAV: its header has no byte rate")
+        raise InputError("it is a damaged WAV: its header has no sampling rate")
     return promised / rate
 
 
@@ -490,8 +494,8 @@ def inspect_open(stream: IO[bytes], file: Path, kind: Kind) -> Media:
         raise InputError("it has no sound track: give a recording that can be heard")
     if kind == "image":
         return Media(content_type, size)
-    wav = content_type == "audio/wav"
-    return Media(content_type, size, wav_seconds(stream, size) if wav else probed_seconds(file))
+    seconds = wav_seconds(stream, size) if content_type == "audio/wav" else None
+    return Media(content_type, size, seconds or probed_seconds(file))
 
 
 def inspect_file(file: Path, kind: Kind) -> Media:

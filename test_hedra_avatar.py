@@ -601,12 +601,14 @@ SOUNDS = {
     "aif": b"FORM" + struct.pack(">I", 124) + b"AIFF" + bytes(120),
     "aiff": b"FORM" + struct.pack(">I", 124) + b"AIFC" + bytes(120),
 }
+OUTER = b"RIFF" + struct.pack("<I", 8044) + wav_bytes(8000, 8000)[8:]  # the size of all of it
+ADPCM = wav_bytes(8000, 8000).replace(b"\x10\0\0\0\1", b"\x10\0\0\0\x11")
 KINDS = {  # content types, and files of them by what is peculiar to each
     "image/png": {"png": PNG}, "image/jpeg": {"jpeg": JPEG}, "image/webp": {"webp": WEBP},
-    "audio/wav": {"wav": wav_bytes(8000, 8000), "RF64": rf64(8000, 8000)},
+    "audio/wav": {"wav": wav_bytes(8000, 8000), "RF64": rf64(8000, 8000), "outer": OUTER},
     "audio/mpeg": {"tag": TAGGED, "no tag": MP3_FRAME, "8 kHz": b"\xff\xe3\x18\xc4" + bytes(140)},
     "audio/flac": {"flac": SOUNDS["flac"]}, "audio/ogg": {"opus": SOUNDS["ogg"]},
-    "audio/mp4": {"M4A": SOUNDS["m4a"], "dash": m4a(b"dash"), "iso5": m4a(b"iso5")},
+    "audio/mp4": {"M4A": SOUNDS["m4a"], "dash": m4a(b"dash"), "XAVC": m4a(b"XAVC")},
     "audio/aiff": {"AIFF": SOUNDS["aif"], "AIFC": SOUNDS["aiff"]},
 }
 
@@ -647,6 +649,7 @@ def test_a_file_that_is_cut_is_refused_as_cut(tmp_path, what):
 @pytest.mark.parametrize(("kind", "content", "words"), [
     ("audio", b"hello, this is text" * 9, "used"), ("audio", PNG, "used"),
     ("audio", wav_bytes(3999, 3999), "0.50 s"), ("image", SOUNDS["aif"], "used"),
+    ("audio", m4a(b"heic"), "used"), ("audio", wav_bytes(2**31, 8000), "not to a pipe"),
     ("audio", wav_bytes(8000, 8000, rate=13), "615.38 s"), ("image", b"GIF89a" * 9, "used"),
     ("audio", wav_bytes(8000, 8000, rate=0), "damaged"),
     ("audio", m4a(b"M4A ", sound=False), "no sound track"),
@@ -685,8 +688,9 @@ GUESS = "case $* in *pts*) echo 2,1; echo 9,0.5;; *) echo Estimating duration >&
 ])
 def test_ffprobe_is_asked_for_the_length_without_a_shell(tmp_path, ffprobe, script, seconds):
     asked, file = ffprobe(script), tmp_path / "-i $(touch evil) memo.m4a"
-    file.write_bytes(SOUNDS["m4a"])
-    assert hedra.inspect_file(Path(file.name), "audio").seconds == seconds
+    for content in (SOUNDS["m4a"], ADPCM):
+        file.write_bytes(content)
+        assert hedra.inspect_file(Path(file.name), "audio").seconds == seconds
     assert asked.read_text().splitlines()[-1] == str(file)
     assert not Path("evil").exists()
 
@@ -1319,10 +1323,8 @@ def test_an_answer_that_is_no_whole_video_is_an_error_and_no_file(clock, server,
 
 # ---- making a clip: one clip --------------------------------------------------------------------
 
-CALLS = {
-    "v2": "balance create create download list list price status submit upload upload",
-    "v3": "balance download price result stream submit upload upload",
-}
+CALLS = {"v2": "balance create create download list list price status submit upload upload",
+         "v3": "balance download price result stream submit upload upload"}
 
 
 def test_a_clip_takes_just_these_requests_and_one_payment(world):
@@ -1426,10 +1428,8 @@ def test_a_generation_that_fails_shows_hedras_reason_and_is_not_paid_again(world
 TEXT = "Good morning! This is the news of the day, and it is short."
 EVERY = ["500", "502-html", "503", "429", "408", "302", "reset"]
 AFTER = ["500-after", "reset-after", "html-after", "not-json", "cut"]
-VERBS = {
-    "v2": ["balance", "price", "create", "upload", "list", "download"],
-    "v3": ["upload", "stream", "status", "result", "download"],
-}
+VERBS = {"v2": ["balance", "price", "create", "upload", "list", "download"],
+         "v3": ["upload", "stream", "status", "result", "download"]}
 SEVERAL = [
     *((version, "submit", kind) for version in VERBS for kind in [*EVERY, *AFTER]),
     *(("v2", "status", kind) for kind in EVERY if kind != "302"),
