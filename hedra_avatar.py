@@ -1238,12 +1238,14 @@ class Transport:
     ) -> urllib3.BaseHTTPResponse:
         """One request; the answer, its body unread. A redirect would take the key elsewhere."""
         (pool, proxy), silence_s = self.pool(url), silence_s or self.account.silence_s
+        left_s = max(0.1, self.left_s())
         if method == "GET":  # which nothing is lost by
-            silence_s = min(silence_s, max(0.1, self.left_s()))
+            silence_s = min(silence_s, left_s)
         self.count("requests")
         where, ours = f"{method} {urlsplit(url).netloc}{urlsplit(url).path}", self.account.base_url
         headers = {"User-Agent": f"hedra_avatar/{__version__}", **headers}
-        limits = need("urllib3").Timeout(connect=min(CONNECT_TIMEOUT_S, silence_s), read=silence_s)
+        connect_s = min(CONNECT_TIMEOUT_S, silence_s, left_s)
+        limits = need("urllib3").Timeout(connect=connect_s, read=silence_s)
         with faults(where, silence_s, proxy, url.startswith(ours)):  # else it is a file's host
             response: urllib3.BaseHTTPResponse = pool.request(
                 method, url, body=body, headers=headers, timeout=limits, preload_content=False,
@@ -1340,7 +1342,9 @@ class Transport:
         again = functools.partial(
             retry, max_retry_after=math.inf, max_delay=10.0, sleep=self.sleep, on_retry=before_retry
         )
-        return again(ApiError, tries, delay)(again(RateLimited, 1_000_000, 0)(attempt))()
+        # Who is refused waits for the pace with all others, and not ahead of them.
+        patient = again(RateLimited, 1_000_000, 0, sleep=lambda wait_s: None)(attempt)
+        return again(ApiError, tries, delay)(patient)()
 
     def call(self, method: str, path: str, body: Any = None) -> Reply:
         """An API request that may be repeated without harm."""
@@ -1391,7 +1395,7 @@ class Transport:
             if response.status not in (301, 302, 303, 307, 308) or not target:
                 return response
             end(response)
-        raise ApiError("the address of the result redirects in a circle", retryable=True)
+        raise ApiError(f"the result's address redirects in a circle; {LATER}", retryable=True)
 
 
 def iter_polls(api: Api, name: str, interval_s: float, grace_s: float) -> Iterator[Status]:
@@ -1718,6 +1722,7 @@ class JobsApi:
         status, last_id, before = Status(QUEUED), "", "none"
         with contextlib.suppress(ApiError, ValueError):
             while status.state not in ENDED and last_id != before:
+                self.http.sleep(interval_s if last_id else 0.0)
                 before = last_id
                 for name, data, event_id in iter_events(self.iter_stream(job_id, last_id)):
                     last_id = event_id or last_id
@@ -1733,21 +1738,22 @@ class JobsApi:
         yield result if result.state in ENDED else result._replace(state=status.state)
 
     def iter_stream(self, job_id: str, last_id: str) -> Iterator[bytes]:
-        """The body of a job's stream, as long as it comes in time: before the first data a silence
-        means that somebody on the way holds it back, later only that nothing has happened."""
+        """The body of a job's stream, as long as data come in time: before the first a silence
+        means that somebody on the way holds them back; what only keeps it open is none."""
         path, http = f"/jobs/{in_path(job_id)}/stream", self.http
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
         headers |= {"Last-Event-Id": last_id} if last_id else {}
         first_s = max(0.1, min(FIRST_FRAME_S, http.patience_s()))
-        due, begun = time.monotonic() + first_s, False
+        due = time.monotonic() + first_s
 
         def patience_s() -> float:
-            return http.patience_s() if begun else due - time.monotonic()
+            return due - time.monotonic()
 
         response = http.open("GET", path, headers, silence_s=first_s)
         for block in http.blocks(response, f"GET {path}", patience_s):
             http.sleep(0.0)  # raises where the time is over
-            begun = begun or b"\ndata:" in block
+            if b"\ndata:" in block:
+                due = time.monotonic() + http.patience_s()
             yield block
 
     def result(self, job_id: str, kind: str = VIDEO) -> Status:
@@ -2653,8 +2659,11 @@ class Studio:
             text = f"{busy}; nothing was paid: give this one another --out"
             raise InputError(text, unfinished=True)
 
-        waiting = functools.partial(self.view.state, clip, "waiting", "it is made elsewhere")
-        mine = self.ledger.own(f"clip {clip.key}", waiting)
+        def wait() -> None:
+            REFUSAL.set("another process is making it")
+            self.view.state(clip, "waiting", "it is made elsewhere")
+
+        mine = self.ledger.own(f"clip {clip.key}", wait)
         with mine, self.ledger.own(f"target {clip.place}", refuse):
             try:
                 yield
@@ -2854,7 +2863,7 @@ class Studio:
             self.be_patient()
         try:
             running = {*http.waiting}
-            until = time.monotonic() + (error.retry_after or backoff_s(refusals, 1.0, cap=8.0))
+            until = time.monotonic() + (error.retry_after or backoff_s(refusals, 1.0, cap=3.0))
             while running <= http.waiting and time.monotonic() < until:
                 running = running or {*http.waiting}
                 http.sleep(0.1)
@@ -2967,9 +2976,10 @@ class Studio:
                 if status.state != FAILED:  # which is told with its reason
                     self.view.state(clip, status.state, share=status.progress)
             return status
-        except StillRunning:
-            text = f"generation {name} is still {status.state} and goes on at Hedra; {LATER}"
-            raise StillRunning(text, generation_id=name) from None
+        except StillRunning as error:
+            error.generation_id = name
+            error.add(f"generation {name} was {status.state} and goes on at Hedra")
+            raise
         finally:
             http.waiting.discard(name)
 
