@@ -400,23 +400,25 @@ def wav_seconds(stream: IO[bytes], size: int) -> float | None:
 
 def probed_seconds(file: Path) -> float | None:
     """The duration by ffprobe, None where there is none or it cannot tell; raises InputError for
-    what it cannot read. Where the file does not say it, and the first packets would be no guide to
-    the others, it is where the last packet ends."""
+    what it cannot read, and for what ends before it says. Where the file does not say it, and the
+    first packets would be no guide to the others, it is where the last packet ends."""
     import subprocess
 
-    words = ["ffprobe", "-select_streams", "a:0", "-of", "csv=p=0", "-show_entries"]
+    words = ["ffprobe", "-v", "warning", "-select_streams", "a:0", "-of", "csv=p=0"]
+    shown = "packet=pts_time,duration_time:format=duration"  # and in that order
     name = os.path.abspath(file)  # so that it is not taken for a flag or a protocol
-    questions = {"format=duration": "warning", "packet=pts_time,duration_time": "error"}
+    asked, null = [*words, "-show_entries", shown, name], subprocess.DEVNULL
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        for shown, level in questions.items():
-            asked, null = [*words, shown, "-v", level, name], subprocess.DEVNULL
-            done = subprocess.run(asked, stdin=null, capture_output=True, timeout=10, check=False)
-            if done.returncode == 1:
-                raise InputError("ffprobe cannot read it; copy or export it again", unfinished=True)
-            last = (done.stdout.split() or [b""])[-1].strip(b",").split(b",")
-            seconds = total(map(parse_number, last))
-            if seconds and b"Estimating duration" not in done.stderr:
-                return seconds
+        done = subprocess.run(asked, stdin=null, capture_output=True, timeout=10, check=False)
+        if done.returncode == 1:
+            raise InputError("ffprobe cannot read it; copy or export it again", unfinished=True)
+        *_, last, told = b"", *(done.stdout.split() or [b""])
+        ended = total(map(parse_number, last.strip(b",").split(b",")))
+        seconds = None if b"Estimating duration" in done.stderr else parse_number(told)
+        if ended and seconds and ended < 0.99 * seconds - 0.1:
+            text = f"of {seconds:.1f} s of sound {ended:.1f} s are there"
+            raise InputError(f"{text}; copy or export it again", unfinished=True)
+        return seconds or ended
     return None
 
 
@@ -483,7 +485,7 @@ def inspect_open(stream: IO[bytes], file: Path, kind: Kind) -> Media:
     data = stream.read(limit if kind == "image" else 64)
     if not (content_type := sniff(data, kind)):
         if size < 44 and any(mark.startswith(data[:4]) for mark in (b"RIFF", b"\x89PNG")):
-            raise InputError(f"it is empty or cut short: give {wanted}", unfinished=True)
+            raise InputError(f"it has {size} bytes: give {wanted}", unfinished=True)
         raise InputError(f"it is no {kind} that Hedra takes: give {wanted}")
     if size > limit:
         raise InputError(f"it has {size:,} bytes; Hedra takes at most {limit:,}")
