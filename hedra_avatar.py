@@ -391,7 +391,7 @@ def wav_seconds(stream: IO[bytes], size: int) -> float | None:
         raise InputError(f"{text}; export or copy it again{piped}", unfinished=True)
     if size < outer < 0xFFFF_0000:  # chunks behind the sound; from a pipe it has no length
         raise InputError("it ends too early; copy or export it again", unfinished=True)
-    if form not in (1, 3, 6, 7, 0xFFFE):  # whole numbers, floats, A-law, mu-law, told further on
+    if form not in (0, 1, 3, 6, 7, 0xFFFE):  # none told, integer, float, A-law, mu-law, any
         return None
     if not rate:
         raise InputError("it is a damaged WAV: its header has no sampling rate")
@@ -1754,7 +1754,7 @@ class JobsApi:
         response = http.open("GET", path, headers, silence_s=first_s)
         for block in http.blocks(response, f"GET {path}", patience_s):
             http.sleep(0.0)  # raises where the time is over
-            if b"\ndata:" in block:
+            if b"data:" in block:
                 due = time.monotonic() + http.patience_s()
             yield block
 
@@ -2050,7 +2050,7 @@ class Ledger:
         sign = signature(name)
         if media := self.seen.get((kind, name, sign)):
             return media
-        record = self.load("files", digest_of(name))
+        record = self.load("files", digest_of(name, "2"))  # the second way to tell a duration
         media = Media(
             record.text("content_type"), int(record.number("size_bytes") or 0),
             record.number("seconds"), record.text("digest"),
@@ -3430,6 +3430,8 @@ def grants_leases(folder: Path) -> bool:
     probe = hidden(folder / "lease", str(os.getpid()))
     try:
         return not has_writer(probe, os.O_CREAT)
+    except OSError:  # not a folder that we may write to: then a refusal counts
+        return True
     finally:
         probe.unlink(missing_ok=True)
 
