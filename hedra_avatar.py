@@ -1021,7 +1021,8 @@ def retry(
 # ---- transport: Pace, Transport, iter_polls -----------------------------------------------------
 
 # What holds for the work of one thread: until when (time.monotonic), and its effort; until when
-# (kernel_s) its answer has to come; what Hedra has said last, if that was a refusal.
+# (kernel_s) its answer has to come; what holds it up: Hedra's last words, if those were a refusal,
+# or another process.
 DEADLINE: ContextVar[float] = ContextVar("deadline", default=math.inf)
 EFFORT: ContextVar[dict[str, float]] = ContextVar("effort", default={})  # noqa: B039
 DUE: ContextVar[float] = ContextVar("due")
