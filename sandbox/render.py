@@ -347,7 +347,10 @@ GRAPH = (
 
 def decode(image: Path, audio: Path, folder: Path) -> array[int]:
     """Write the portrait as PNG, whose size can be told; the samples of the voice at RATE."""
-    ffmpeg("read the portrait", "-i", image, "-frames:v", "1", folder / "portrait.png")
+    if sniff(image) == "image/png":
+        shutil.copyfile(image, folder / "portrait.png")
+    else:
+        ffmpeg("read the portrait", "-i", image, "-frames:v", "1", folder / "portrait.png")
     sound = ("-map", "0:a:0", "-ac", "1", "-ar", str(RATE), "-f", "s16le", folder / "pcm")
     ffmpeg("read the recording", "-i", audio, *sound)
     if pcm := array("h", (folder / "pcm").read_bytes()):
