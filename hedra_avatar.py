@@ -2707,12 +2707,16 @@ class Studio:
 
     def speak(self, clip: Clip, speech: Clip) -> None:
         """Make the speech of a clip first, or take the one that there is; then its video has a
-        known length and price."""
+        known length and price. Where it turns out to be lost, --force pays for that, too."""
         try:
             self.make(speech)
         except HedraError as error:
-            error.args = (f"its speech: {error}",)
-            raise
+            if self.force and speech.state == FETCH and speech.record.flag("lost"):
+                speech.state = NEW
+                self.speak(clip, speech)
+            else:
+                error.args = (f"its speech: {error}",)
+                raise
         finally:
             self.view.leave(speech)
             clip.effort |= speech.effort
@@ -3003,13 +3007,14 @@ class Studio:
 
     def gone(self, clip: Clip, error: HedraError) -> HedraError:
         """An error about a generation, with what to do where Hedra no longer has it."""
-        delivered = clip.record.text("state") == "done"
         if not clip.key:
             return error
-        if error.code == "EXPIRED" or (delivered and error.status == 404):
+        is_unknown = error.status == 404 and not error.ambiguous  # a gateway's page says nothing
+        delivered = clip.record.text("state") == "done"
+        if error.code == "EXPIRED" or (delivered and is_unknown):
             error.add("it is neither at Hedra nor on this disk: --force pays for a new take")
             clip.record.save(lost=clip.kind == SPEECH)
-        elif error.status == 404 and not error.ambiguous:
+        elif error.status == 404:
             error.add(LATER)
         return error
 
@@ -3027,6 +3032,7 @@ class Studio:
         except HedraError as error:  # StillRunning is an OSError as well
             if not self.copy(clip, nearby=True):
                 raise self.gone(clip, error) from error
+            hidden(target, clip.generation_id).unlink(missing_ok=True)
             self.ledger.keep(clip)
         except OSError as error:
             text = f"{error.filename or target} cannot be written: {error.strerror}"
