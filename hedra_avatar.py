@@ -3032,7 +3032,6 @@ class Studio:
         except HedraError as error:  # StillRunning is an OSError as well
             if not self.copy(clip, nearby=True):
                 raise self.gone(clip, error) from error
-            hidden(target, clip.generation_id).unlink(missing_ok=True)
             self.ledger.keep(clip)
         except OSError as error:
             text = f"{error.filename or target} cannot be written: {error.strerror}"
@@ -3049,6 +3048,7 @@ class Studio:
             if not (there := self.ledger.find(clip, nearby=nearby)):
                 break
             if there == clip.place or copy_video(there, clip.target, digests):
+                hidden(clip.target, clip.generation_id).unlink(missing_ok=True)  # a download
                 return True
         return False
 
