@@ -2154,6 +2154,8 @@ class Download:
                     failures = 1 if self.file.tell() > furthest + PROGRESS_BYTES else failures + 1
                     furthest = max(furthest, self.file.tell())
                     if failures >= TRIES or not error.retryable:
+                        if not self.file.tell():  # nothing that could be gone on with
+                            self.path.unlink(missing_ok=True)
                         raise
                     wait_s = error.retry_after or backoff_s(failures - 1, 1.0, cap=8.0)
                     self.http.before_retry(error, wait_s)
