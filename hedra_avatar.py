@@ -2417,12 +2417,13 @@ class Studio:
 
     def judge(self, clip: Clip, *, force: bool = False, known: str | None = None) -> str:
         """What a clip needs, from its records and its files: the one place that says so. A take
-        that was never submitted leaves the one before in force. `force` is a new take of the
+        that came to nothing leaves the one before in force. `force` is a new take of the
         generation that was `known` (None: whichever), not of what came since, and of a speech only
         where that was refused or is lost."""
         takes = self.takes(clip.key)
         submitted = [take for take in takes if take.text("state") not in ("", NEW)]
-        record = clip.record = submitted[-1] if submitted else takes[0]
+        fine = [take for take in submitted if force or take.text("state") != "refused"]
+        record = clip.record = (fine or submitted or takes[:1])[-1]
         clip.past = {take.text("generation_id") for take in takes}
         state = record.text("state")
         forced = force and clip.kind == VIDEO and known in (None, clip.generation_id)

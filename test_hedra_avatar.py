@@ -1724,8 +1724,8 @@ def test_a_forced_take_in_flight_is_taken_up_by_force_until_it_is_an_hour_old(wo
     world.succeed(paid=3)
 
 
-@pytest.mark.parametrize("way", ["funds", "upload", "submit", "lost"])
-def test_a_forced_take_that_was_never_submitted_leaves_the_finished_one_in_force(world, way):
+@pytest.mark.parametrize("way", ["funds", "upload", "submit", "lost", "failed"])
+def test_a_forced_take_that_comes_to_nothing_leaves_the_finished_one_in_force(world, way):
     assert world.run().status == 0
     if way == "funds":
         world.box.balance_error = 500
@@ -1733,16 +1733,18 @@ def test_a_forced_take_that_was_never_submitted_leaves_the_finished_one_in_force
     elif way == "upload":
         world.box.forget_assets()
         world.fail("create" if world.version == "v2" else "upload", "404", 99)
+    elif way == "failed":
+        world.box.fail_with = {"type": "GONE", "message": "No face"}
     else:
         world.fail("submit", "502-html" if way + world.version == "lostv2" else "refused", 9)
     assert world.run("--force").status == 1
     world.heal()
-    world.box.balance_error = None
+    world.box.balance_error = world.box.fail_with = None
     world.money(100)
     assert world.run()[:2] == (0, "output/hello.mp4\n")
     world.target.unlink()
-    world.succeed()
-    world.succeed("--force", paid=2)
+    world.succeed(paid=1 + (way == "failed"))
+    world.succeed("--force", paid=2 + (way == "failed"))
 
 
 @pytest.mark.parametrize("way", ["folder moved", "recording renamed", "another folder", "renamed"])
@@ -1823,7 +1825,6 @@ def version_1_digest(video):
 
 @pytest.mark.parametrize("state", ["done", "deleted", "submitted", "renamed"])
 def test_what_the_first_version_paid_for_is_found_in_its_ledger(world, state):
-    """A ledger of the first version, built by hand."""
     slugs = {"v2": "x/character-3" if state == "renamed" else SLUG, "v3": "hedra-character-3"}
     world.box.ignore_reserved_id = True  # only the ledger knows of it
     (one,) = world.run().works() and world.bought()
@@ -2450,7 +2451,6 @@ class Direct:
 
 @pytest.mark.parametrize("say", ["", "Hi"])
 def test_a_wrong_value_in_any_answer_is_no_bug_and_not_paid(clock, version, monkeypatch, say):
-    """Each case is a run with one wrong value, and a rerun without."""
     with Sandbox(render_seconds=0.0, eager=True, files_url="http://127.0.0.1:1") as box:
         box.render, box.speak = stub_render, stub_speak
         world = World(version, box, "http://127.0.0.1:2" + PREFIXES[version], Path.cwd())
