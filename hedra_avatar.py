@@ -632,7 +632,8 @@ def read_json(text: str | bytes) -> Any:
 
 
 class Status(NamedTuple):
-    """One look at a generation. `progress` is 0..1; `cost` is what Hedra has billed."""
+    """One look at a generation. `progress` is 0..1; `cost` is what Hedra has billed; `is_of_it`:
+    the answer names the generation, and so is no other's and no gateway's."""
 
     state: str
     progress: float | None = None
@@ -641,6 +642,7 @@ class Status(NamedTuple):
     failure: str = ""
     transient: bool = False
     cost: float | None = None
+    is_of_it: bool = False
 
 
 class Model(NamedTuple):
@@ -705,8 +707,9 @@ def parse_failure(error: Reply, message: str = "") -> tuple[str, bool]:
     return (f"{text} ({labels})" if labels else text), transient
 
 
-def parse_status(reply: Reply) -> Status:
-    """A status reply of either API. A word that nobody knows counts as work in progress."""
+def parse_status(reply: Reply, name: str = "") -> Status:
+    """A status reply of either API to who asked for the generation of that name. A word that nobody
+    knows counts as work in progress."""
     state = STATES.get(reply.must(reply.text, "status").lower(), PROCESSING)
     progress, failure, cost = reply.number("progress"), ("", False), reply.number("cost")
     if state == FAILED:
@@ -714,7 +717,7 @@ def parse_status(reply: Reply) -> Status:
     return Status(
         state, None if progress is None else min(1.0, max(0.0, progress)),
         reply.text("download_url", "url"), reply.text("asset_id"), *failure,
-        None if (cost or 0) < 0 else cost,
+        None if (cost or 0) < 0 else cost, reply.text("job_id", "id").lower() == name.lower(),
     )
 
 
@@ -1532,7 +1535,8 @@ class WebApi:
 
     def look(self, generation_id: str) -> Status:
         """One look at a generation."""
-        return parse_status(self.http.api("GET", f"/generations/{in_path(generation_id)}/status"))
+        path = f"/generations/{in_path(generation_id)}/status"
+        return parse_status(self.http.api("GET", path), generation_id)
 
     def find(self, clip: Clip) -> str:
         """The id of the generation that was submitted as `reserved` or, as a server may have
@@ -1709,7 +1713,7 @@ class JobsApi:
 
     def look(self, job_id: str) -> Status:
         """One look at a job."""
-        return parse_status(self.http.api("GET", f"/jobs/{in_path(job_id)}/status"))
+        return parse_status(self.http.api("GET", f"/jobs/{in_path(job_id)}/status"), job_id)
 
     def find(self, clip: Clip) -> str:
         """Nothing to look for: a repeated submit is safe, and no list tells a job by its key."""
@@ -1762,7 +1766,7 @@ class JobsApi:
     def result(self, job_id: str, kind: str = VIDEO) -> Status:
         """The end of a job: address of the result, cost in dollars, or why there is none."""
         reply = self.http.call("GET", f"/jobs/{in_path(job_id)}")
-        status, output = parse_status(reply), (reply.rows("outputs") or [Reply({})])[0]
+        status, output = parse_status(reply, job_id), (reply.rows("outputs") or [Reply({})])[0]
         if output.text("status") == "EXPIRED":
             text = f"the result of {job_id} has expired: Hedra keeps outputs for 48 hours"
             raise ApiError(text, code="EXPIRED", generation_id=job_id)
@@ -2967,7 +2971,7 @@ class Studio:
             clip.record.save(billed=status.cost, unbilled=False)
         if status.state == FAILED:
             text = f"Hedra could not make it: {status.failure} [generation {clip.generation_id}]"
-            if not delivered:
+            if status.is_of_it and not delivered:
                 clip.record.save(state="refused", reason=text, transient=status.transient)
             raise GenerationFailed(
                 text, generation_id=clip.generation_id, words=status.failure,
@@ -3002,9 +3006,11 @@ class Studio:
         if not self.api.replays:
             found = self.api.find(clip)
         elif time.time() - at < KEPT_S and not (clip.generation_id and delivered):
-            self.prepare(clip)
-            found = self.api.submit(clip)
-            take.save(state="submitted", submitted_at=at)
+            try:
+                self.prepare(clip)
+                found = self.api.submit(clip)
+            finally:  # as an intent it would be submitted again when its key may have lapsed
+                take.save(state="submitted", submitted_at=at)
         if found and found != clip.generation_id:
             take.save(sync=True, generation_id=found)
 
@@ -3031,7 +3037,7 @@ class Studio:
                 self.view.say(f"{target} held another take's video, which is now {kept}")
             if not self.copy(clip):
                 self.download(clip, url)
-            self.ledger.keep(clip, state="done", etag="")
+            self.ledger.keep(clip, state="done", etag="", lost=False)
         except HedraError as error:  # StillRunning is an OSError as well
             if not self.copy(clip, nearby=True):
                 raise self.gone(clip, error) from error

@@ -98,7 +98,6 @@ def real_clock() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def no_environment() -> Iterator[None]:
-    """No variables and no programs of the developer's."""
     before = dict(os.environ)
     os.environ.clear()
     os.environ |= {"PATH": "/nowhere", "LANG": "C", "TERM": "xterm"}
@@ -162,7 +161,6 @@ def frozen(start: str = "") -> Iterator[Any]:
 
 @pytest.fixture
 def clock() -> Iterator[Any]:
-    """Frozen time, see `frozen`; `naps` has what was slept."""
     with frozen() as clock:
         yield clock
 
@@ -213,8 +211,6 @@ class Sent(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a call of the command line came to."""
-
     status: int
     out: str
     err: str
@@ -224,7 +220,6 @@ class Outcome(NamedTuple):
         return self.err.splitlines()[-1] if self.err else ""
 
     def fails(self, *words: str) -> Outcome:
-        """It failed, with these words in its last line."""
         assert (self.status, [word for word in words if word not in self.last]) == (1, []), self.err
         return self
 
@@ -298,11 +293,9 @@ class World:
 
     @property
     def costly(self) -> int:
-        """Requests so far that upload something or cost money."""
         return sum(verb in ("create", "upload", "submit") for verb in self.verbs)
 
     def bought(self, kind: str = "video") -> list[Any]:
-        """The generations of a kind that were paid for, oldest first."""
         return [one for one in self.box.paid if one.kind == kind]
 
     def videos(self) -> list[bytes]:
@@ -318,7 +311,6 @@ class World:
         assert self.box.leaks == []
 
     def succeed(self, *flags: str, paid: int = 1, speeches: int = 0, **more: Any) -> Outcome:
-        """Make the clip, which is done then, and so many times paid for in all."""
         done = self.run(*flags, **more).works()
         self.check_paid(paid, speeches)
         return done
@@ -327,7 +319,6 @@ class World:
         return {f.stem: f.read_bytes() for f in (self.folder / "output").glob("*.mp4")}
 
     def check_all_paid(self, *names: str) -> None:
-        """Each of these clips paid for once, no other, and its own video there."""
         assert len({one.sources[1].read_bytes() for one in self.bought()}) == len(names)
         assert len(self.bought()) == len(names)
         assert set(self.outputs()) == set(names)
@@ -364,7 +355,6 @@ class World:
 
 
 def reset(connection: socket.socket) -> Iterator[bytes]:
-    """A body that ends the connection with RST before anything is said."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     here, there = socket.socketpair()
     there.close()
@@ -388,7 +378,6 @@ def mp4_box(kind: bytes, *parts: bytes) -> bytes:
 
 
 def mp4(seconds: float = 1.0, *, sound: bool = True, filler: bytes = bytes(99)) -> bytes:
-    """A small film: what the program reads of one, and no picture."""
     head = bytes(12) + struct.pack(">II", 1000, round(seconds * 1000)) + bytes(80)
     kinds = [b"vide", b"soun"] if sound else [b"vide"]
     tracks = [mp4_box(b"mdia", mp4_box(b"hdlr", bytes(8), kind, bytes(12))) for kind in kinds]
@@ -442,7 +431,6 @@ def box(httpserver: HTTPServer, files_server: HTTPServer) -> Iterator[Sandbox]:
 def live(
     version: str, box: Sandbox, httpserver: HTTPServer, files_server: HTTPServer, tmp_path: Path
 ) -> World:
-    """The world in real time, on the two servers."""
     world = World(version, box, httpserver.url_for(PREFIXES[version]), tmp_path)
     for port, server in (("api", httpserver), ("files", files_server)):
         handler = functools.partial(world.answer, port, getattr(box, port))
@@ -571,7 +559,6 @@ def test_the_key_chooses_the_api_and_the_base_url_only_the_host():
 # ---- media --------------------------------------------------------------------------------------
 
 def wav_bytes(promised: int, there: int, rate: int = 8000, extra: bytes = b"") -> bytes:
-    """A WAV whose header promises other than what is there."""
     form = b"fmt " + struct.pack("<IHHIIHH", 16, 1, 1, rate, rate, 1, 8)
     return b"RIFF\0\0\0\0WAVE" + form + extra + b"data" + struct.pack("<I", promised) + bytes(there)
 
@@ -665,8 +652,6 @@ def test_a_file_that_hedra_would_not_take_is_refused_by_name(tmp_path, kind, con
 
 @pytest.fixture
 def ffprobe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Put an ffprobe on the PATH that is a shell's script; the file of its arguments."""
-
     def install(script: str) -> Path:
         program, asked = tmp_path / "bin/ffprobe", tmp_path / "asked"
         program.parent.mkdir(exist_ok=True)
@@ -1142,7 +1127,6 @@ def video_at(server: HTTPServer) -> str:
 
 
 def fetch(environ: dict[str, str], name: str = "g", key: str = KEY, **more: Any) -> bytes:
-    """Wait for a generation and download it to `out`."""
     video = hedra.wait_and_download(name, Path("out"), key, environ=environ, **more)
     assert video == Path(f"out/{name}.mp4")
     return video.read_bytes()
@@ -1501,13 +1485,28 @@ def test_a_wrong_id_from_a_submit_leads_back_to_the_reserved_one(world, wrong, m
     assert json.loads(record.read_text())["generation_id"] == world.bought()[0].id
 
 
+def test_a_failure_that_names_no_generation_ends_a_run_and_not_the_clip(world, monkeypatch):
+    down = {"status": "failed", "error": {"code": "UNAVAILABLE", "message": "It is down"}}
+    with monkeypatch.context() as patch:
+        for verb in ("status", "result"):
+            spoil_json(world, patch, verb, lambda body: down)
+        world.run().fails("It is down")
+    world.succeed()
+
+
 def test_an_id_in_the_ledger_that_hedra_does_not_know_leads_back_and_never_to_paying(world):
     world.box.render_seconds = 1e6
     world.run("--timeout", "60").fails("not lost", world.bought()[0].id if world.bought() else "")
     (record,) = world.records()
-    record.write_text(json.dumps({**json.loads(record.read_text()), "generation_id": "oops"}))
+    values = json.loads(record.read_text())
+    record.write_text(json.dumps({**values, "generation_id": "oops"}))
+    for verb, kind in (("status", "404"), ("list", "503"), ("submit", "503")):
+        world.fail(verb, kind, 99)
+    world.run().fails()
+    after = json.loads(record.read_text())
+    assert [after[name] == values[name] for name in ("state", "submitted_at")] == [True, True]
     world.box.render_seconds = 0.0
-    assert "--force" not in world.succeed().err
+    assert "--force" not in world.heal().succeed().err
 
 
 @only_v2
@@ -1987,7 +1986,11 @@ def test_a_text_becomes_a_speech_and_a_video_each_paid_once(world, clock):
     assert len(world.sent) == count
     image = str(write_png(world.folder / "other.png", 9))
     next(Path(".cache/speeches").iterdir()).write_bytes(b"rubbish")  # it is fetched again
-    assert world.run("--img", image, "--out", "output/b.mp4", say=f" {TEXT}\n").status == 0
+    more = ("--img", image, "--out", "output/b.mp4")
+    world.fail("status", "404", 99)
+    world.fail("result", "404", 99)
+    world.run(*more, say=TEXT).fails("--force")  # which is another thing once it has been found
+    assert world.heal().run(*more, say=f" {TEXT}\n").status == 0
     assert (len(world.bought("text_to_speech")), len(world.bought())) == (1, 2)
     for hours, paid in ((0, (1, 3)), (49, (1 + (world.version == "v3"), 4))):  # it deletes
         clock.tick(3600 * hours)
@@ -2417,7 +2420,6 @@ class Direct:
     def send(
         self, transport: Any, method: str, url: str, headers: Any, body: Any = None, *more: Any
     ) -> urllib3.HTTPResponse:
-        """The sandbox's answer, one of which is spoilt."""
         parts = urlsplit(url)
         data = body.encode() if isinstance(body, str) else body
         data = data if isinstance(data, bytes) else b"".join(data or ())
@@ -2435,7 +2437,6 @@ class Direct:
         )
 
     def spoil(self, where: str, content: bytes) -> bytes:
-        """One wrong value in an answer, or in each event of a stream."""
         with contextlib.suppress(ValueError):
             value = json.loads(content)
             path = self.chance.choice(list(places(value)))
@@ -2654,7 +2655,6 @@ class Watch:
         self.folder.mkdir()
 
     def __call__(self, story: Callable[[], object], *flags: str, **environ: str) -> None:
-        """Watch until the story has ended; SIGTERM ends the watcher."""
         over = threading.Event()
 
         def tell() -> None:
@@ -2700,7 +2700,6 @@ class Watch:
         self.until(lambda: time.monotonic() >= end, step=min(5.0, seconds / 20))
 
     def drop(self, *names: str, seed: int = 0) -> list[Path]:
-        """Move whole recordings into the folder."""
         made = [write_wav(self.world.folder / "made" / n, seed=zlib.crc32(n.encode()) + seed)
                 for n in names]
         return [file.rename(self.folder / file.name) for file in made]
