@@ -2250,6 +2250,7 @@ def plain_name(name: str) -> str:
     return " ".join(unicodedata.normalize("NFC", name).split()).casefold()
 
 
+LIST = "the list of generations"
 FOREIGN = (  # what is at a target and not for us to replace
     "exists and is no video that Hedra made for this folder (edited, or of another origin): it is "
     "left as it is, and nothing was paid; move it away or give another --out (--force makes, and "
@@ -2500,6 +2501,9 @@ class Studio:
         cut = (was is None or size < was) and is_film(target)
         if clip.is_doubtful or (cut and not whole and place in known):
             return
+        if clip.state in OPEN and not clip.record.values and LIST in self.unread:
+            text = f"whether {target} is of this clip could not be looked up"
+            raise ApiError(f"{text}, and nothing was paid; {LATER}", retryable=True)
         raise InputError(f"{target} {FOREIGN}", retryable=True)
 
     def look_for(self, clips: Sequence[Clip]) -> None:
@@ -2512,7 +2516,7 @@ class Studio:
             if clip.state == DOUBT or not clip.record.values
         }
         ask = functools.partial(self.api.find_all, list(asked))
-        for name in (self.tolerant(ask, "the list of generations") or {}) if asked else ():
+        for name in (self.tolerant(ask, LIST) or {}) if asked else ():
             clip, key = asked[name]
             clip.key, clip.found = key, name
             anew = self.force and clip.kind == VIDEO and not clip.record.values
@@ -2562,7 +2566,9 @@ class Studio:
             return None
         try:
             with self.http.until(time.monotonic() + self.timeout_s / 4):
-                return call()
+                value = call()
+            self.unread.pop(what, None)
+            return value
         except (ApiError, StillRunning) as error:
             if error.is_of_all and not isinstance(error, OutOfCredits):
                 raise
@@ -3879,8 +3885,9 @@ class Watcher:
 def is_final(clip: Clip, error: Exception, refusals: int) -> bool:
     """Whether a clip as it is will never be made: its files, or what Hedra says of them; what Hedra
     calls transient gets a few takes."""
-    refused = getattr(error, "status", 0) in (400, 413, 415, 422) and not clip.generation_id
-    refused = refused and not getattr(error, "retryable", False)
+    told = isinstance(error, ApiError) and not (error.retryable or error.ambiguous)
+    refused = told and getattr(error, "status", 0) in (400, 413, 415, 422)
+    refused = refused and not clip.generation_id
     if refused or getattr(error, "code", "") == "EXPIRED":
         return True
     if not isinstance(error, InputError | GenerationFailed) or isinstance(error.__cause__, OSError):

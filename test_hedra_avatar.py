@@ -868,7 +868,6 @@ def test_an_answer_over_16_mib_is_an_error_and_not_kept_in_memory(clock, server,
 
 @contextlib.contextmanager
 def wire(serve: Callable[[socket.socket], object]) -> Iterator[str]:
-    """A port at which a function is given each connection; its address."""
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -977,7 +976,6 @@ def tls_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HTTPServer]
 
 @pytest.fixture
 def company(live: World, tls_server: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> World:
-    """The world behind a company's proxy: its hosts are found by that alone."""
 
     def answer(request: Request) -> Response:
         port = "files" if request.host.startswith("files.") else "api"
@@ -2197,7 +2195,9 @@ def test_copies_of_a_recording_are_priced_billed_and_paid_once(world):
 def test_a_lost_ledger_and_a_failure_leave_force_the_new_take_that_was_asked_for(world):
     world.succeed()
     shutil.rmtree(".cache")
-    world.fail("submit", "404", 9)
+    world.fail("list", "503", 99)
+    assert "--force" not in world.run().fails("nothing was paid", "later").last
+    world.heal().fail("submit", "404", 9)
     world.run("--force").fails("nothing was paid for the video")
     world.heal().succeed("--force", paid=2)
     next(path for path in world.records() if "." not in path.stem).write_bytes(b"")
@@ -2862,7 +2862,7 @@ def test_what_fails_for_good_is_told_once_and_does_not_end_the_watcher(watch):
 
 
 @pytest.mark.parametrize(
-    "way", ["302", "disk", "401", "folder", "transient", "500", "lock", "dir", "dear"]
+    "way", ["302", "disk", "400", "401", "folder", "transient", "500", "lock", "dir", "dear"]
 )
 @only_v3
 def test_a_clip_is_tried_again_until_it_is_there(watch, way, monkeypatch):
@@ -2885,6 +2885,7 @@ def test_a_clip_is_tried_again_until_it_is_there(watch, way, monkeypatch):
         "transient": lambda: setattr(world.box, "fail_with", {**busy, "message": "Busy"}),
         "302": lambda: world.fail("download", "302", 10**6, value="http://cdn.example/x"),
         "500": lambda: world.fail("upload", "500", 10**6),
+        "400": lambda: world.fail("upload", "html-after", 10**6, value=400),  # a gateway's
         "lock": lambda: lock.enter_context(ledger.own(f"target {place}", int)),
         "dir": lambda: place.mkdir(parents=True),
         "dear": lambda: world.money(2),  # of 3, and enough for a shorter one: no outage
