@@ -2501,7 +2501,7 @@ class Studio:
         cut = (was is None or size < was) and is_film(target)
         if clip.is_doubtful or (cut and not whole and place in known):
             return
-        if clip.state in OPEN and not clip.record.values and LIST in self.unread:
+        if clip.state in OPEN and not clip.generation_id and LIST in self.unread:
             text = f"whether {target} is of this clip could not be looked up"
             raise ApiError(f"{text}, and nothing was paid; {LATER}", retryable=True)
         raise InputError(f"{target} {FOREIGN}", retryable=True)
@@ -2513,13 +2513,13 @@ class Studio:
         asked = {
             reserved_id(key, clip.record.text("take")): (clip, key) for clip in clips
             for key in (clip.key, clip.other_key) if key and clip.state in OPEN
-            if clip.state == DOUBT or not clip.record.values
+            if clip.state == DOUBT or not clip.generation_id
         }
         ask = functools.partial(self.api.find_all, list(asked))
         for name in (self.tolerant(ask, LIST) or {}) if asked else ():
             clip, key = asked[name]
             clip.key, clip.found = key, name
-            anew = self.force and clip.kind == VIDEO and not clip.record.values
+            anew = self.force and clip.kind == VIDEO and clip.state == NEW
             clip.state = NEW if anew else FLIGHT
 
     # -- afford: prices against the balance and the cap
