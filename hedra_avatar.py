@@ -1413,7 +1413,10 @@ def iter_polls(api: Api, name: str, interval_s: float, grace_s: float) -> Iterat
         try:
             return api.look(name)
         except ApiError as error:
-            error.retryable |= error.status == 404 and time.monotonic() - started < grace_s
+            # The page of a gateway is no word of Hedra's, but 401 and 402 may well be meant.
+            by_other = error.ambiguous and error.status in {*range(400, 500)} - {401, 402}
+            early = error.status == 404 and time.monotonic() - started < grace_s
+            error.retryable |= by_other or early
             raise
 
     while True:

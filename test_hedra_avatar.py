@@ -1412,13 +1412,12 @@ SEVERAL = [
     *(("v2", "status", kind) for kind in EVERY if kind != "302"),
     *((v, verb, kind) for v in VERBS for verb in VERBS[v] for kind in ("reset-after", "429")),
 ]
-SPOKEN = [
-    (version, "submit", kind)
-    for version in ("v2", "v3") for kind in ("reset", "reset-after", "html-after", "not-json")
-] + [("v2", "voices", "500"), ("v2", "status", "503"), ("v3", "result", "reset")]
+SPOKEN = [(version, "submit", kind) for version in VERBS for kind in ("reset", *AFTER[1:4])]
+SPOKEN += [("v2", "voices", "500"), ("v2", "status", "503"), ("v3", "result", "reset")]
 GATEWAY = [*(("v2", status) for status in (302, 400, 403, 404, 422, 499)), ("v3", 404)]
 CASES = [*((*case, None, "") for case in SEVERAL), *((*case, None, TEXT) for case in SPOKEN)]
 CASES += [(version, "submit", "html-after", status, "") for version, status in GATEWAY]
+CASES += [(version, "status", "html-after", 403, "") for version in VERBS]
 
 
 @pytest.mark.parametrize(("version", "verb", "kind", "value", "say"), CASES)
