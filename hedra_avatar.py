@@ -1414,7 +1414,7 @@ def iter_polls(api: Api, name: str, interval_s: float, grace_s: float) -> Iterat
             return api.look(name)
         except ApiError as error:
             # The page of a gateway is no word of Hedra's, but 401 and 402 may well be meant.
-            by_other = error.ambiguous and error.status in {*range(400, 500)} - {401, 402}
+            by_other = error.ambiguous and error.status in (400, *range(403, 500))
             early = error.status == 404 and time.monotonic() - started < grace_s
             error.retryable |= by_other or early
             raise
@@ -3066,7 +3066,7 @@ class Studio:
             if not (there := self.ledger.find(clip, nearby=nearby)):
                 break
             if there == clip.place or copy_video(there, clip.target, digests):
-                hidden(clip.target, clip.generation_id).unlink(missing_ok=True)  # a download
+                hidden(clip.target, clip.generation_id).unlink(missing_ok=True)  # its part file
                 return True
         return False
 

@@ -652,6 +652,8 @@ def test_a_file_that_hedra_would_not_take_is_refused_by_name(tmp_path, kind, con
 
 @pytest.fixture
 def ffprobe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Put an ffprobe on the PATH that is a shell's script; the file of its arguments."""
+
     def install(script: str) -> Path:
         program, asked = tmp_path / "bin/ffprobe", tmp_path / "asked"
         program.parent.mkdir(exist_ok=True)
@@ -868,7 +870,6 @@ def test_an_answer_over_16_mib_is_an_error_and_not_kept_in_memory(clock, server,
 
 @contextlib.contextmanager
 def wire(serve: Callable[[socket.socket], object]) -> Iterator[str]:
-
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
             with contextlib.suppress(OSError):
@@ -976,7 +977,6 @@ def tls_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HTTPServer]
 
 @pytest.fixture
 def company(live: World, tls_server: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> World:
-
     def answer(request: Request) -> Response:
         port = "files" if request.host.startswith("files.") else "api"
         return live.answer(port, getattr(live.box, port), request)
@@ -1453,6 +1453,7 @@ def test_five_lost_answers_and_a_rerun_pay_once_wherever_hedra_reads_the_key(wor
 
 
 def spoil_json(world, monkeypatch, verb, change):
+    """Let something else be in the answers to a verb than the sandbox says."""
     ask = type(world.box)._answer
 
     def answer(self, desk, request):
