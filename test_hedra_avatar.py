@@ -138,13 +138,16 @@ def frozen(start: str = "") -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch, freezegun.freeze_time(start or now) as clock:
         clock.start, clock.naps = time.monotonic(), []
         alone = threading.active_count() + 2
-        lock, breath = threading.Lock(), threading.Event()
+        tick, lock, breath = clock.tick, threading.Lock(), threading.Event()
         stopped = hedra.Transport.sleep
 
+        def move(seconds: float) -> None:
+            with lock:  # a stream left a moment ago may nap while a test moves the clock
+                tick(datetime.timedelta(seconds=seconds))
+
         def nap(seconds: float) -> None:
-            with lock:
-                clock.naps.append(seconds)
-                clock.tick(float(seconds))
+            clock.naps.append(seconds)
+            clock.tick(seconds)
 
         def sleep(self: Any, seconds: float) -> None:
             stopped(self, 0.0)
@@ -154,6 +157,7 @@ def frozen(start: str = "") -> Iterator[Any]:
             if threading.active_count() > alone:
                 breath.wait(0.0005)  # it is others who are waited for
 
+        clock.tick = move
         patch.setattr(time, "sleep", nap)
         patch.setattr(hedra.Transport, "sleep", sleep)
         yield clock
@@ -569,8 +573,7 @@ def rf64(there: int, promised: int) -> bytes:
 
 
 def m4a(brand: bytes, *, sound: bool = True) -> bytes:
-    film = mp4(1.0, sound=sound)
-    return mp4_box(b"ftyp", brand, bytes(4), brand) + film[24:]
+    return mp4_box(b"ftyp", brand, bytes(4), brand) + mp4(1.0, sound=sound)[24:]
 
 
 PNG = sandbox.png(9, 16, 2, [bytearray(27) for _ in range(16)])
@@ -1387,8 +1390,7 @@ def test_too_few_credits_shows_both_figures_and_uploads_nothing(world):
 def test_a_generation_that_fails_shows_hedras_reason_and_is_not_paid_again(world):
     world.box.fail_with = {"type": "MODERATION_FAILED", "message": "No celebrities, please"}
     world.run().fails("No celebrities, please")
-    world.box.fail_with = None
-    before = world.costly
+    world.box.fail_with, before = None, world.costly
     world.run().fails("No celebrities, please", "not paid again")
     assert (world.costly, world.target.exists()) == (before, False)
     world.succeed("--force", paid=2)
@@ -1472,8 +1474,7 @@ def test_a_wrong_id_from_a_submit_leads_back_to_the_reserved_one(world, wrong, m
     wrongs = [wrong]
 
     def change(body):
-        name = "job_id" if "job_id" in body else "id"
-        return {**body, name: wrongs.pop()} if wrongs else body
+        return {**body, ("job_id" if "job_id" in body else "id"): wrongs.pop()} if wrongs else body
 
     spoil_json(world, monkeypatch, "submit", change)
     world.succeed()
@@ -1859,8 +1860,7 @@ def test_the_ledger_is_readable_by_a_person_and_tells_no_key_and_no_address(worl
     assert "hello.wav" in told
     for secret in (world.key, world.key.partition(":")[2] or world.key, world.bought()[0].file):
         assert secret not in told
-    modes = {path.stat().st_mode & 0o777 for path in [*files, world.target]}
-    assert modes == {0o664}
+    assert {path.stat().st_mode & 0o777 for path in [*files, world.target]} == {0o664}
 
 
 @pytest.mark.parametrize("what", ["clips", "assets", "cache"])
