@@ -3554,7 +3554,7 @@ FFMPEG = shutil.which("ffmpeg", path=TOOLS)
 needs_ffmpeg = pytest.mark.skipif(not FFMPEG, reason="ffmpeg is not installed")
 RENDER = """
 import os, sys, sandbox.render as r
-os.nice(19)
+os.nice(5)
 from pathlib import Path
 for resolution in r.RESOLUTIONS:
     for ratio in r.ASPECT_RATIOS:
