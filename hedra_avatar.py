@@ -461,12 +461,14 @@ def iter_boxes(stream: IO[bytes], at: int, end: int) -> Iterator[tuple[bytes, in
         at = stop
 
 
-def read_film(stream: IO[bytes]) -> Media | None:
-    """What an MP4 holds, None where its `ftyp`, `moov` and `mdat` are not all whole."""
+def read_film(stream: IO[bytes], kind: str = VIDEO) -> Media | None:
+    """What an MP4 holds, None where its `ftyp`, `moov` and `mdat` are not all whole. Of a recording
+    what is no box is left to Hedra; one that has neither sound nor index has no end of its own."""
     names, seconds, sound = set[bytes](), 0.0, False
     size = os.fstat(stream.fileno()).st_size
     for name, stop, data in iter_boxes(stream, 0, size):
-        if stop > size or (not names and name != b"ftyp"):
+        is_cut = stop > size and (kind == VIDEO or name.isalpha())
+        if is_cut or (not names and name != b"ftyp"):
             return None
         names.add(name)
         if name == b"mvhd":
@@ -475,8 +477,10 @@ def read_film(stream: IO[bytes]) -> Media | None:
             length = int.from_bytes(data[at + 4 : at + 4 + width], "big")
             seconds = length / scale if scale else 0.0
         sound = sound or (name == b"hdlr" and data[8:12] == b"soun")
-    whole = {b"ftyp", b"moov", b"mdat"} <= names
-    return Media("video/mp4", size, seconds, has_sound=sound) if whole else None
+    there = len(names & {b"moov", b"mdat"})
+    if there == 1 or (there == 0 and kind == VIDEO):
+        return None
+    return Media("video/mp4", size, seconds, has_sound=sound or not there)
 
 
 def inspect_open(stream: IO[bytes], file: Path, kind: Kind) -> Media:
@@ -489,7 +493,7 @@ def inspect_open(stream: IO[bytes], file: Path, kind: Kind) -> Media:
         raise InputError(f"it is no {kind} that Hedra takes: give {wanted}")
     if size > limit:
         raise InputError(f"it has {size:,} bytes; Hedra takes at most {limit:,}")
-    film = read_film(stream) if content_type == "audio/mp4" else Media()
+    film = read_film(stream, kind) if content_type == "audio/mp4" else Media()
     if not film or not is_whole(data, content_type, size):
         raise InputError("it ends too early; copy or export it again", unfinished=True)
     if not film.has_sound:

@@ -583,7 +583,7 @@ WEBP = b"RIFF" + struct.pack("<I", 48) + b"WEBPVP8 " + bytes(40)
 MP3_FRAME = b"\xff\xfb\x90\0" + bytes(413)
 TAGGED = b"ID3\4\0\0\0\0\1\x48" + bytes(200) + MP3_FRAME
 SOUNDS = {
-    "mp3": TAGGED, "m4a": m4a(b"M4A "), "flac": b"fLaC\0\0\0\x22" + bytes(120),
+    "mp3": TAGGED, "m4a": m4a(b"M4A ") + bytes(range(99)), "flac": b"fLaC\0\0\0\x22" + bytes(120),
     "ogg": b"OggS\0\2" + bytes(22) + b"\1\x13OpusHead" + bytes(120),
     "aif": b"FORM" + struct.pack(">I", 124) + b"AIFF" + bytes(120),
     "aiff": b"FORM" + struct.pack(">I", 124) + b"AIFC" + bytes(120),
@@ -596,7 +596,8 @@ KINDS = {  # content types, and files of them by what is peculiar to each
     "audio/wav": {"wav": wav_bytes(8000, 8000), "RF64": rf64(8000, 8000), "outer": OUTER},
     "audio/mpeg": {"tag": TAGGED, "no tag": MP3_FRAME, "8 kHz": b"\xff\xe3\x18\xc4" + bytes(140)},
     "audio/flac": {"flac": SOUNDS["flac"]}, "audio/ogg": {"opus": SOUNDS["ogg"]},
-    "audio/mp4": {"M4A": SOUNDS["m4a"], "dash": m4a(b"dash"), "XAVC": m4a(b"XAVC")},
+    "audio/mp4": {"M4A": SOUNDS["m4a"], "dash": m4a(b"dash"), "XAVC": m4a(b"XAVC"),
+                  "by its head": m4a(b"M4A ")[:20] + bytes(range(125))},
     "audio/aiff": {"AIFF": SOUNDS["aif"], "AIFC": SOUNDS["aiff"]},
 }
 
@@ -622,6 +623,8 @@ CUT = {  # else they are sent, and paid
     "a WAV that is being written": wav_bytes(0, 8000),
     "a WAV cut behind its sound": b"RIFF\xff\xff\0\0" + wav_bytes(8000, 8000)[8:],
     "an AIFF that is being written": b"FORM\0\0\0\0AIFF" + bytes(120),
+    "an M4A without its index": m4a(b"M4A ")[:20] + mp4_box(b"mdat", bytes(99)),
+    "an M4A cut in its sound": m4a(b"M4A ")[:-9], "nor of it": mp4()[:-107],
 }
 
 
@@ -1760,8 +1763,7 @@ def test_what_is_on_disk_is_used_wherever_it_went_when_hedra_has_deleted_it(worl
         world.wav = world.wav.rename(world.folder / "new.wav")
     elif way == "renamed":
         world.target.rename(world.target.with_name("kept.mp4"))
-    count = world.costly
-    told = world.run(*flags.get(way, [])).works()
+    count, told = world.costly, world.run(*flags.get(way, [])).works()
     target = Path(told.out.strip())
     assert (target.read_bytes(), world.costly) == (world.videos()[0], count)
     assert [f for f in target.parent.iterdir() if f.name.startswith(".")] == []
@@ -2499,12 +2501,10 @@ def test_a_batch_pays_each_clip_once_and_the_next_one_says_and_asks_nothing(worl
     assert world.box.count("upload") == 5 + 1  # what they share is uploaded once
     paths = sorted(f"output/{name}.mp4" for name in names)
     assert sorted(done.out.splitlines()) == paths
-    count = len(world.sent)
-    again = world.batch()
+    count, again = len(world.sent), world.batch()
     assert (again.status, sorted(again.out.splitlines()), again.err) == (0, paths, "")
     assert len(world.sent) == count
-    assert world.batch("--force").status == 0
-    assert len(world.bought()) == 10
+    assert (world.batch("--force").status, len(world.bought())) == (0, 10)
     assert sorted(world.outputs().values()) == sorted(world.videos()[5:])
 
 
