@@ -4017,13 +4017,19 @@ def show_spent(ledger: Ledger, view: View, *, as_json: bool) -> int:
     return 0
 
 
+def limit_time(command: Command) -> None:
+    """Hold a command without a --timeout to the time that one answer may take."""
+    silence_s = open_account(command.key, command.environ).silence_s
+    DEADLINE.set(time.monotonic() + max(SILENCE_TIMEOUT_S, silence_s))
+
+
 def cmd_credits(command: Command) -> int:
     """The balance, or what was spent."""
     args, view = command.args, command.view
-    DEADLINE.set(time.monotonic() + LONGEST_RETRY_AFTER_S)
     if args.spent:
         folder = Path(os.path.expanduser(setting(command.environ, "HEDRA_CACHE_DIR", ".cache")))
         return show_spent(Ledger(folder, time.sleep, view.say), view, as_json=args.json)
+    limit_time(command)
     balance = get_balance(command.key, environ=command.environ)
     shown = {"remaining": balance.remaining, "unit": balance.unit, **balance.more}
     left, asked = amount(balance.remaining, balance.unit), amount(args.min, balance.unit)
@@ -4038,7 +4044,7 @@ def cmd_credits(command: Command) -> int:
 def cmd_voices(command: Command) -> int:
     """Who can speak."""
     args = command.args
-    DEADLINE.set(time.monotonic() + LONGEST_RETRY_AFTER_S)
+    limit_time(command)
     for voice in get_voices(command.key, speech_model=args.speech_model, environ=command.environ):
         labels = ", ".join(voice.labels.values())
         line = f"{printable(voice.name):24}  {printable(labels):40}  {printable(voice.id)}"
