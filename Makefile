@@ -59,7 +59,7 @@ $(foreach v,IN OUT,$(if $(call special,$(subst $(blank),|,$(or $($v),|))),$(call
 # A recording wins over a text of its name; of two recordings of one name neither is guessed at.
 # Endings in upper case are looked for only to be told: `batch` takes them.
 KINDS := wav mp3 m4a flac ogg aif aiff
-found = $(filter-out $(IN)/~% $(IN)/$(hash)%,$(foreach e,$1,$(wildcard $(IN)/*.$e)))
+found = $(strip $(foreach e,$1,$(wildcard $(IN)/*.$e)))
 video = $(patsubst $(IN)/%$1,$(OUT)/%.mp4,$2)
 FOUND := $(call found,[Ww][Aa][Vv] [Mm][Pp]3 [Mm]4[Aa] [Ff][Ll][Aa][Cc] [Oo][Gg][Gg] \
   [Aa][Ii][Ff] [Aa][Ii][Ff][Ff])
@@ -105,7 +105,7 @@ $(filter-out $(call beside,$(IMAGES)),$(VIDEOS)): $(call plain,$(FRIEND_IMG))
 # and on a stamp that holds the settings and is written when they change: then every clip is asked
 # for again, which is free where it is the same. Decided here, so that `make -n` writes nothing.
 STAMP := .cache/make/$(subst ..,+,$(OUT))/settings
-SETTINGS := $(call line,FRIEND_IMG=$(value FRIEND_IMG) HEDRA_VOICE=$(value HEDRA_VOICE) \
+SETTINGS := $(call line,IN=$(IN) FRIEND_IMG=$(value FRIEND_IMG) HEDRA_VOICE=$(value HEDRA_VOICE) \
   HEDRA_MODEL_ID=$(value HEDRA_MODEL_ID) $(ARGS))
 $(VIDEOS): $(STAMP)
 ifneq ($(shell cat $(call quote,$(STAMP)) 2>/dev/null),$(SETTINGS))

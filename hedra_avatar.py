@@ -145,7 +145,7 @@ class HedraError(Exception):
     retry_after: float | None = None
     retryable = ambiguous = False  # the same may succeed later; it may have been carried out
     is_of_all = False  # every clip would meet it now: no network, no access, no funds
-    unfinished = False  # of a file: cut short, or still being written
+    unfinished = is_open = False  # of a file: cut short, or still being written, by a program
 
     def __init__(self, message: str, **evidence: Any) -> None:
         super().__init__(printable(message))
@@ -405,17 +405,19 @@ def probed_seconds(file: Path) -> float | None:
     import subprocess
 
     words = ["ffprobe", "-v", "warning", "-select_streams", "a:0", "-of", "csv=p=0"]
-    shown = "packet=pts_time,duration_time:format=duration"  # and in that order
+    shown = "packet=pts_time,duration_time:stream=duration:format=duration"  # and in that order
     name = os.path.abspath(file)  # so that it is not taken for a flag or a protocol
     asked, null = [*words, "-show_entries", shown, name], subprocess.DEVNULL
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(asked, stdin=null, capture_output=True, timeout=10, check=False)
         if done.returncode == 1:
             raise InputError("ffprobe cannot read it; copy or export it again", unfinished=True)
-        *_, last, told = b"", *(done.stdout.split() or [b""])
-        ended = total(map(parse_number, last.strip(b",").split(b",")))
-        seconds = None if b"Estimating duration" in done.stderr else parse_number(told)
-        if ended and seconds and ended < 0.99 * seconds - 0.1:
+        *_, last, sound, film = (line.strip(b",") for line in [b"", b"", b"", *done.stdout.split()])
+        ended = total(map(parse_number, last.split(b",")))
+        seconds = parse_number(sound) or parse_number(film)
+        if b"Estimating duration" in done.stderr:
+            seconds = None
+        if ended and seconds and ended < seconds - 0.2:
             text = f"of {seconds:.1f} s of sound {ended:.1f} s are there"
             raise InputError(f"{text}; copy or export it again", unfinished=True)
         return seconds or ended
@@ -438,6 +440,13 @@ def is_whole(data: bytes, content_type: str, size: int) -> bool:
     if data.startswith(b"ID3"):  # the size of a tag is written in bytes of seven bits
         return size > 10 + functools.reduce(lambda n, byte: n << 7 | byte & 127, data[6:10], 0)
     return size > 100
+
+
+def ends_in_page(stream: IO[bytes], size: int) -> bool:
+    """Whether the last page of an Ogg (RFC 3533, 6) is all there: players do not mind."""
+    stream.seek(max(0, size - 65_307))  # the longest page
+    page = stream.read().rpartition(b"OggS")[2]
+    return len(page) >= 23 and len(page) >= 23 + page[22] + sum(page[23 : 23 + page[22]])
 
 
 def iter_boxes(stream: IO[bytes], at: int, end: int) -> Iterator[tuple[bytes, int, bytes]]:
@@ -501,7 +510,10 @@ def inspect_open(stream: IO[bytes], file: Path, kind: Kind) -> Media:
     if kind == "image":
         return Media(content_type, size)
     seconds = wav_seconds(stream, size) if content_type == "audio/wav" else None
-    return Media(content_type, size, seconds or probed_seconds(file))
+    seconds = seconds or probed_seconds(file)
+    if content_type == "audio/ogg" and seconds and not ends_in_page(stream, size):
+        raise InputError("it ends too early; copy or export it again", unfinished=True)
+    return Media(content_type, size, seconds)
 
 
 def inspect_file(file: Path, kind: Kind) -> Media:
@@ -897,6 +909,7 @@ class Clip:
     portrait = recording = Media()
     model = Model("")
     state = NEW
+    looked = 0.0  # when its files were looked at: the video's time, so that a later file is newer
     key = other_key = found = ""  # by which the ledger has it; the id that Hedra has it under
     asked_id = ""  # what to submit it as where it has no key
     past: Collection[str] = ()  # what Hedra calls the takes that the ledger knows
@@ -904,6 +917,7 @@ class Clip:
     billed: float | None = None
     error: Exception | None = None
     paid, is_doubtful, warning, spent_s = False, False, "", 0.0
+    old: str | None = None  # how what lay at the target looked, and may go
     shown = note = ""  # in its line of the View; `share` is how far it is in its state, 0..1
     share: float | None = None
     sending = 0  # bytes, of the files that are going up
@@ -1203,10 +1217,14 @@ class Transport:
 
     def together(self, first: Callable[[], T], second: Callable[[], T]) -> tuple[T, T]:
         """Make two calls at once, both held to this thread's deadline."""
-        from concurrent.futures import ThreadPoolExecutor
+        try:
+            from concurrent.futures import ThreadPoolExecutor
 
-        with ThreadPoolExecutor(1) as pool:
+            pool = ThreadPoolExecutor(1)
             other = pool.submit(copy_context().run, second)
+        except RuntimeError:  # no thread is to be had, as at the end of an interpreter
+            return first(), second()
+        with pool:
             return first(), other.result()
 
     def count(self, what: str, number: int = 1) -> None:
@@ -1555,8 +1573,9 @@ class WebApi:
             if error.status != 404 or error.ambiguous:
                 raise
         speech, since = clip.kind == SPEECH, clip.record.number("submitted_at") or 0.0
-        day_before = time.gmtime(min(max(0.0, since - 86400), 4e9))
-        query = {"created_after": time.strftime("%Y-%m-%dT%H:%M:%SZ", day_before)}
+        month_before = min(since, time.time()) - 30 * 86400  # by clocks that may be wrong
+        after = time.gmtime(min(max(0.0, month_before), 4e9))
+        query = {"created_after": time.strftime("%Y-%m-%dT%H:%M:%SZ", after)}
         for row in self.iter_rows(type="text_to_speech" if speech else "video", **query):
             made = row.part("input")
             said = made.text("text") == clip.prompt and made.text("voice_id") == clip.voice
@@ -2041,11 +2060,15 @@ class Ledger:
         path, at = self.folder / "locks", int(digest_of(name)[:15], 16)
         descriptor, mine = lock_file(path), (os.getpid(), path, at)
         while True:
-            with self.guard, contextlib.suppress(BlockingIOError, PermissionError):  # not free
-                if mine not in self.held:
-                    fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, at)
-                    self.held.add(mine)
-                    break
+            try:
+                with self.guard, contextlib.suppress(BlockingIOError, PermissionError):  # not free
+                    if mine not in self.held:
+                        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, at)
+                        self.held.add(mine)
+                        break
+            except OSError as error:  # a share without locks
+                text = f"{path} cannot be locked: {error.strerror}; nothing was paid meanwhile"
+                raise HedraError(f"{text}: set HEDRA_CACHE_DIR to a folder that can") from error
             waiting()
             self.sleep(0.05)
         try:
@@ -2073,7 +2096,8 @@ class Ledger:
         if not known or not media.content_type.startswith(kind):
             media = inspect_file(file, kind)._replace(digest=content_digest(file))
             if sign != signature(name):
-                raise InputError(f"{file} changes while it is read; run it again later")
+                text = f"{file} changes while it is read; run it again later"
+                raise InputError(text, unfinished=True)
             with contextlib.suppress(OSError):  # the cache of another user of the group
                 record.save(file=name, signature=sign, **media._asdict())
         self.seen[kind, name, sign] = media
@@ -2102,9 +2126,19 @@ class Ledger:
                     return file
         return ""
 
+    def expect(self, clip: Clip, draft: Path) -> None:
+        """Write down what is about to be renamed to the target, should that be the last we do. On
+        a full disk the video is worth more than the note."""
+        videos = {**clip.record.part("videos").values, self.place(clip): video_digest(draft)}
+        with contextlib.suppress(OSError):
+            clip.record.save(videos=videos)
+
     def keep(self, clip: Clip, **changes: Any) -> None:
-        """Write down that a take's result lies at the target."""
+        """Write down that a take's result lies at the target. A video is as old as the look at what
+        it is made of: make is satisfied, and a file that has changed since is newer."""
         record, place = clip.record, self.place(clip)
+        with contextlib.suppress(OSError):  # of another user of the group
+            os.utime(clip.target, (clip.looked, clip.looked) if clip.looked else None)
         videos = {**record.part("videos").values, place: video_digest(clip.target)}
         seen = {**record.part("seen").values, place: signature(clip.target)}
         record.save(videos=videos, seen=seen, **changes)
@@ -2187,7 +2221,8 @@ class Download:
         self.file.seek(0)
         self.file.truncate()
         if (etag := "" if etag.startswith("W/") else etag) != self.clip.record.text("etag"):
-            self.clip.record.save(etag=etag)
+            with contextlib.suppress(OSError):  # a full disk of the cache does not stop the video
+                self.clip.record.save(etag=etag)
 
     def begin(self, response: urllib3.BaseHTTPResponse) -> int:
         """Get ready for an answer's body; the file's length, 0 if unknown. Raises ApiError."""
@@ -2281,6 +2316,8 @@ class Studio:
     ) -> None:
         self.api, self.http, self.view, self.force, self.cap = api, api.http, view, force, cap
         self.account, self.timeout_s, self.interval_s = api.http.account, timeout_s, interval_s
+        if not (timeout_s >= 0 and 0 <= interval_s < math.inf):
+            raise InputError("a timeout and a poll interval are numbers of seconds")
         self.ledger = Ledger(self.account.cache, self.http.sleep, view.say)
         self.asked = {VIDEO: model, SPEECH: speech_model}
         self.ask_anew()
@@ -2337,6 +2374,7 @@ class Studio:
     def identify(self, clip: Clip) -> None:
         """Find out what a clip is made of, and so its key. The first version's key had the model
         as the catalogue called it: it is taken where the ledger has it."""
+        clip.looked = time.time()
         with clip.timed("hashing"):
             clip.portrait = self.ledger.media(clip.image, "image")
             if not clip.speech:
@@ -2492,7 +2530,7 @@ class Studio:
     def check_old(self, clip: Clip) -> None:
         """Raise InputError unless what lies at the target may go: a result of ours, or what is left
         of one. Where the ledger was lost only the download will tell: then it `is_doubtful`."""
-        target, clip.is_doubtful = clip.target, False
+        target, clip.is_doubtful, clip.old = clip.target, False, signature(clip.target)
         kept = clip.kind == SPEECH and target.parent == self.ledger.speeches
         size = os.stat(target).st_size if target.exists() else 0
         if clip.state == DONE or kept or not size:
@@ -2637,8 +2675,7 @@ class Studio:
             if clip.state != DONE:
                 self.collect(clip)
             elif clip.kind == VIDEO:  # others may be reading a speech just now
-                with contextlib.suppress(OSError, InputError):  # of another user of the group
-                    os.utime(clip.target)  # so that make is satisfied
+                with contextlib.suppress(OSError, InputError):
                     self.ledger.keep(clip)
             clip.spent_s = round(time.monotonic() - started, 3)
 
@@ -2981,7 +3018,8 @@ class Studio:
                     self.trace(clip)
         clip.billed = status.cost
         if status.cost is not None:
-            clip.record.save(billed=status.cost, unbilled=False)
+            with contextlib.suppress(OSError):
+                clip.record.save(billed=status.cost, unbilled=False)
         if status.state == FAILED:
             text = f"Hedra could not make it: {status.failure} [generation {clip.generation_id}]"
             if status.is_of_it and not delivered:
@@ -3081,12 +3119,15 @@ class Studio:
         length = None if clip.is_estimate else clip.seconds
 
         def inspect(part: Path) -> Media | None:
-            found = inspect_film(part, clip.kind)
-            if found and clip.is_doubtful and video_digest(part) != video_digest(clip.target):
+            found, there = inspect_film(part, clip.kind), signature(clip.target)
+            strange = clip.is_doubtful or clip.old not in (None, there)  # it came meanwhile
+            if found and there and strange and video_digest(part) != video_digest(clip.target):
                 part.unlink()
                 text = f"{clip.target} is not the video that Hedra has of this clip (edited, or of"
-                how = "it is left as it is: move it away or give another --out"
+                how = "it is left as it is: move it away or give another --out, and nothing is paid"
                 raise InputError(f"{text} another origin); {how}")
+            if found:
+                self.ledger.expect(clip, part)
             return found
 
         film = Download(self.api, clip, self.view, inspect).run(url, self.interval_s)
@@ -3150,6 +3191,8 @@ def check_wishes(prompt: str, settings: Mapping[str, Any] | None) -> None:
     """Raise InputError for a blank prompt, and for settings that would not be priced."""
     if not prompt.strip():
         raise InputError("the prompt is blank: say in a few words what the person does")
+    if not isinstance(settings or {}, Mapping):
+        raise InputError("the settings are no mapping of names to values")
     if found := [name for name in settings or () if name in OUR_FIELDS]:
         raise InputError(f"{found[0]!r} has a parameter of its own, or is not free")
     try:
@@ -3372,7 +3415,7 @@ def source_names(names: Names) -> dict[str, list[str]]:
     for suffixes in (SOUND_SUFFIXES, (SAY_SUFFIX,)):
         taken = set(found)
         for name in sorted(set(names.values())):
-            is_one = name.lower().endswith(suffixes) and name[0] not in ".~#"
+            is_one = name.lower().endswith(suffixes) and name[0] != "."
             if is_one and (stem := stem_of(name)) not in taken:
                 found.setdefault(stem, []).append(name)
     return dict(sorted(found.items()))
@@ -3397,43 +3440,6 @@ def read_text(file: Path, limit: int = PROMPT_BYTES) -> str:
         return data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is no UTF-8 text: {error}") from error
-
-
-def clip_of(
-    source: Path, args: argparse.Namespace, names: Names, text: str | None = None
-) -> Clip:
-    """A clip from its recording or text (or a `text` in place of a file) and what lies beside it;
-    in run a flag wins over that. Raises InputError without a portrait or a word."""
-
-    def chosen(suffixes: Sequence[str], flag: str, fallback: str = "") -> str:
-        found = beside(source, suffixes, names)
-        texts = [str(f) if suffixes is IMAGE_SUFFIXES else read_text(f) for f in found]
-        ranked = [flag, *texts] if args.command == "run" else [*texts, flag]
-        return next((choice for choice in [*ranked, fallback] if choice.strip()), "")
-
-    name = stem_of(source.name)
-    if not (image := chosen(IMAGE_SUFFIXES, args.img, args.fallback)):
-        ways = f"put {name}.png beside it, give --img FILE, or set FRIEND_IMG"
-        raise InputError(f"{source} has no portrait: {ways}")
-    clip = Clip(
-        name, Path(args.out) if args.out else Path(args.out_dir, f"{name}.mp4"),
-        image=Path(image), audio=source, settings=dict(args.set),
-        prompt=chosen([".txt"], args.prompt, DEFAULT_PROMPT).strip(),
-        resolution=args.resolution, aspect_ratio=args.aspect_ratio,
-    )
-    if text is None and source.name.lower().endswith(SAY_SUFFIX):
-        text = read_text(source, TEXT_BYTES)
-    if text is not None:
-        if not re.search(r"\w", text):
-            said = f"the text of {name} is blank, or has no word in it"
-            raise InputError(f"{said}: nothing was sent")
-        text = text.strip()
-        voice = chosen([".voice.txt"], args.HEDRA_VOICE or "", args.voice).strip()
-        clip.speech = Clip(f"{name} (speech)", Path(), prompt=text, kind=SPEECH, voice=voice)
-        clip.audio = Path()
-    if re.search("[\ud800-\udfff]", "".join(part.prompt + part.voice for part in clip.parts)):
-        raise InputError("the prompt, text or voice is not UTF-8 text")
-    return clip
 
 
 def has_writer(file: Path, flags: int = 0) -> bool:
@@ -3475,16 +3481,54 @@ def is_being_written(file: Path) -> bool:
     return False
 
 
+def clip_of(
+    source: Path, args: argparse.Namespace, names: Names, text: str | None = None
+) -> Clip:
+    """A clip from its recording or text (or a `text` in place of a file) and what lies beside it;
+    in run a flag wins over that. Raises InputError without a portrait or a word, and while one of
+    its files is being written."""
+    files = files_of(source.parent, [source.name], names) if names else []
+    if busy := next(filter(is_being_written, files), None):
+        text = f"{busy} is still being written: nothing is sent before that program has closed it"
+        raise InputError(text, unfinished=True, is_open=True)
+
+    def chosen(suffixes: Sequence[str], flag: str, fallback: str = "") -> str:
+        found = beside(source, suffixes, names)
+        texts = [str(f) if suffixes is IMAGE_SUFFIXES else read_text(f) for f in found]
+        ranked = [flag, *texts] if args.command == "run" else [*texts, flag]
+        return next((choice for choice in [*ranked, fallback] if choice.strip()), "")
+
+    name = stem_of(source.name)
+    if not (image := chosen(IMAGE_SUFFIXES, args.img, args.fallback)):
+        ways = f"put {name}.png beside it, give --img FILE, or set FRIEND_IMG"
+        raise InputError(f"{source} has no portrait: {ways}")
+    clip = Clip(
+        name, Path(args.out) if args.out else Path(args.out_dir, f"{name}.mp4"),
+        image=Path(image), audio=source, settings=dict(args.set),
+        prompt=chosen([".txt"], args.prompt, DEFAULT_PROMPT).strip(),
+        resolution=args.resolution, aspect_ratio=args.aspect_ratio,
+    )
+    if text is None and source.name.lower().endswith(SAY_SUFFIX):
+        text = read_text(source, TEXT_BYTES)
+    if text is not None:
+        if not re.search(r"\w", text):
+            said = f"the text of {name} is blank, or has no word in it"
+            raise InputError(f"{said}: nothing was sent")
+        text = text.strip()
+        voice = chosen([".voice.txt"], args.HEDRA_VOICE or "", args.voice).strip()
+        clip.speech = Clip(f"{name} (speech)", Path(), prompt=text, kind=SPEECH, voice=voice)
+        clip.audio = Path()
+    if re.search("[\ud800-\udfff]", "".join(part.prompt + part.voice for part in clip.parts)):
+        raise InputError("the prompt, text or voice is not UTF-8 text")
+    return clip
+
+
 def folder_clip(sources: Sequence[Path], args: argparse.Namespace, names: Names) -> Clip:
     """The clip of some recordings of one name; one that cannot be made has an `error`."""
     try:
         if len(sources) > 1:
             rivals = ", ".join(source.name for source in sources)
             raise InputError(f"two recordings of one name: {rivals}; keep one")
-        files = files_of(sources[0].parent, [sources[0].name], names)
-        if busy := next(filter(is_being_written, files), None):
-            text = f"{busy} is still being written: nothing was sent; try again when it is closed"
-            raise InputError(text, unfinished=True)
         return clip_of(sources[0], args, names)
     except InputError as error:
         return Clip(stem_of(sources[0].name), Path(), error=error, state=BAD)
@@ -3731,6 +3775,7 @@ class Wait:
 
     tries, refusals, busy = 0, 0, False
     portrait = ""  # how the one that clips share looked
+    begun = 0.0  # when it was tried last
 
     def __init__(self, sign: str = "", due: float = 0.0, why: str = "") -> None:
         self.sign, self.due, self.why, self.since = sign, due, why, time.monotonic()
@@ -3821,6 +3866,7 @@ class Watcher:
             if now >= wait.due and not wait.busy:
                 clip = folder_clip(files[: len(sources)], self.args, names)
                 wait.busy, wait.due, wait.portrait = True, math.inf, self.portrait
+                wait.begun = now
                 self.pool.submit(self.work, clip, wait)
 
     def make(self, clip: Clip) -> None:
@@ -3847,7 +3893,11 @@ class Watcher:
         before, now = wait.why, time.monotonic()
         self.view.leave(clip)
         unfinished = getattr(error, "unfinished", False) and now - wait.since < STUCK_S
-        if unfinished or isinstance(error, Stopped):  # stopped: as the funds are used up just now
+        is_open = getattr(error, "is_open", False)  # which is no failure
+        if error and is_open and not unfinished and before != str(error):
+            wait.why = str(error)
+            self.view.say(f"{clip.name}: waiting: {wait.why}")
+        if unfinished or is_open or isinstance(error, Stopped):  # stopped: just now without funds
             wait.due = now + STILL_S
             return
         if self.is_outage(clip, wait, error):
@@ -3882,8 +3932,10 @@ class Watcher:
                 if time.monotonic() >= outage.due:  # else another clip has met it just now
                     outage.later()
                 outage.why, wait.due = explain(error), outage.due
+                outage.begun = max(outage.begun, wait.begun)
                 return True
-            if outage.why and clip.effort.get("requests"):  # Hedra has answered
+            # Hedra has answered a clip that was not at work before it.
+            if outage.why and wait.begun > outage.begun and clip.effort.get("requests"):
                 self.outage = Wait()
                 self.view.say("going on")
             return False

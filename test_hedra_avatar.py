@@ -280,7 +280,8 @@ class World:
     def fail(self, verb: str, kind: str, times: int = 1, **more: Any) -> None:
         self.box.faults.append(Fault(verb, kind, times, **more))
 
-    def heal(self) -> World:
+    def heal(self, **books: Any) -> World:
+        vars(self.box).update(books)
         self.box.faults.clear()
         self.before.clear()
         return self
@@ -308,11 +309,9 @@ class World:
     def check_paid(self, times: int = 1, speeches: int = 0) -> None:
         """So many payments, the last video there byte for byte, nothing else beside it, and the
         key not told to the host of the videos."""
-        assert len(self.bought()) == times
-        assert len(self.bought("text_to_speech")) == speeches
+        assert (len(self.bought()), len(self.bought("text_to_speech"))) == (times, speeches)
         assert self.target.read_bytes() == self.videos()[-1]
-        assert os.listdir(self.target.parent) == [self.target.name]
-        assert self.box.leaks == []
+        assert (os.listdir(self.target.parent), self.box.leaks) == ([self.target.name], [])
 
     def succeed(self, *flags: str, paid: int = 1, speeches: int = 0, **more: Any) -> Outcome:
         done = self.run(*flags, **more).works()
@@ -324,8 +323,7 @@ class World:
 
     def check_all_paid(self, *names: str) -> None:
         assert len({one.sources[1].read_bytes() for one in self.bought()}) == len(names)
-        assert len(self.bought()) == len(names)
-        assert set(self.outputs()) == set(names)
+        assert (len(self.bought()), set(self.outputs())) == (len(names), set(names))
         assert sorted(self.outputs().values()) == sorted(self.videos())
         assert not list((self.folder / "output").glob(".*"))
         assert self.box.leaks == []
@@ -493,8 +491,7 @@ assert not {"tqdm", "watchdog", "dotenv", "urllib3", "ssl", "fcntl", "sandbox"} 
 assert not [args for args in opened if args[1] not in ("r", "rb", None)]
 """
     done = python(code)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert os.listdir(tmp_path) == []
+    assert (done.returncode, done.stdout, done.stderr, os.listdir(tmp_path)) == (0, "", "", [])
 
 
 def test_help_needs_no_package_and_what_needs_one_says_in_a_line_what_to_install():
@@ -589,7 +586,7 @@ SOUNDS = {
     "aiff": b"FORM" + struct.pack(">I", 124) + b"AIFC" + bytes(120),
 }
 OUTER = b"RIFF" + struct.pack("<I", 8044) + wav_bytes(8000, 8000)[8:]  # the size of all of it
-GUESS = "echo 2,1; echo 9,0.5,; echo Estimating duration >&2; echo 77"
+GUESS = "echo 2,1; echo 9,0.5,; echo Estimating duration >&2; echo 76; echo 77"
 ADPCM = wav_bytes(8000, 8000).replace(b"\x10\0\0\0\1", b"\x10\0\0\0\x11")
 KINDS = {  # content types, and files of them by what is peculiar to each
     "image/png": {"png": PNG}, "image/jpeg": {"jpeg": JPEG}, "image/webp": {"webp": WEBP},
@@ -923,8 +920,7 @@ def test_an_early_answer_is_not_the_final_one_nor_that_of_the_next_request(clock
     asked = []
     with drip(asked, b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + one, two) as address:
         found = [balance(KEY, HEDRA_BASE_URL=f"http://{address}") for _ in range(2)]
-    assert found in ([2, 2], [1, 2])
-    assert all(request.startswith(b"GET") for request in asked)
+    assert found in ([2, 2], [1, 2]) and all(request.startswith(b"GET") for request in asked)
 
 
 # A certificate for *.hedra.test, its own authority, good until 2126, for nothing but these tests.
@@ -1010,8 +1006,7 @@ def test_a_proxy_sees_connect_and_nothing_else(company, tls_server, name, monkey
     assert company.key.encode() not in b"".join(heads)
     told = done.out + done.err + str(company.sent)
     told += "".join(file.read_text() for file in company.folder.glob(".cache/**/*.json"))
-    assert "w0rd-of-mine" not in told
-    assert "proxy-authorization" not in told.lower()
+    assert not re.search("w0rd-of-mine|proxy-authorization", told.lower())
 
 
 @only_v3
@@ -1076,8 +1071,7 @@ def test_an_upload_sends_the_exact_bytes_with_an_exact_length(server, environ, t
         hedra.upload_asset("a1", file, KEY, environ=environ)
     with server.log[0][0] as request:
         assert "Transfer-Encoding" not in request.headers
-        assert request.content_length == len(request.get_data())
-        assert list(request.files) == ["file"]
+        assert (request.content_length, list(request.files)) == (len(request.get_data()), ["file"])
         assert request.files["file"].read() == file.read_bytes()
         assert "evil" not in str(request.files["file"].headers).lower()
 
@@ -1140,19 +1134,16 @@ def test_waiting_looks_every_five_seconds_until_the_video_is_there(clock, server
     going = [{"status": word, "progress": 0.3} for word in ("queued", "processing", "finalizing")]
     for reply in [*going, {"status": "complete", "url": video_at(server)}]:
         server.expect_oneshot_request("/generations/g/status").respond_with_json(reply)
-    assert fetch(environ) == MP4
-    assert time.monotonic() - clock.start == pytest.approx(15)
-    assert server.log[-1][0].path == "/v.mp4"
+    assert (fetch(environ), time.monotonic() - clock.start) == (MP4, pytest.approx(15))
+    assert (server.log[-1][0].path, os.listdir("out")) == ("/v.mp4", ["g.mp4"])
     assert KEY not in str(server.log[-1][0].headers)
-    assert os.listdir("out") == ["g.mp4"]
 
 
 def test_a_timeout_is_told_as_one_and_loses_nothing(clock, server, environ):
     server.expect_request("/generations/g/status").respond_with_json({"status": "queued"})
     with pytest.raises(hedra.StillRunning, match="not lost") as late:
         fetch(environ)
-    assert isinstance(late.value, TimeoutError)
-    assert late.value.generation_id == "g"
+    assert (isinstance(late.value, TimeoutError), late.value.generation_id) == (True, "g")
     assert time.monotonic() - clock.start == pytest.approx(300, abs=6)
     assert not list(Path().glob("out/*"))
 
@@ -1322,14 +1313,11 @@ def test_hedra_gets_the_files_bytes_the_prompt_the_shape_and_what_else_is_set(wo
     flags = ["--prompt", "waves", "--resolution", "720p", "--aspect-ratio", "1:1"]
     assert world.run(*flags, "--set", "bounding_box_target=[0.5, 0.25]").status == 0
     (one,) = world.bought()
-    files = [path.read_bytes() for path in one.sources]
-    assert files == [world.img.read_bytes(), world.wav.read_bytes()]
+    assert [*map(Path.read_bytes, one.sources)] == [*map(Path.read_bytes, (world.img, world.wav))]
     assert (one.prompt, one.resolution, one.aspect_ratio) == ("waves", "720p", "1:1")
     sent = one.request.get("generated_video_inputs", one.request)
-    assert sent["bounding_box_target"] == [0.5, 0.25]
-    assert "duration_ms" not in sent
-    assert world.run("--set", "duration_ms=2000").status == 0
-    assert world.bought()[1].length == 2.0
+    assert (sent["bounding_box_target"], "duration_ms" in sent) == ([0.5, 0.25], False)
+    assert (world.run("--set", "duration_ms=2000").status, world.bought()[1].length) == (0, 2.0)
 
 
 def test_the_intent_is_on_disk_before_the_submit_and_the_id_after_it(world, monkeypatch):
@@ -1342,8 +1330,7 @@ def test_the_intent_is_on_disk_before_the_submit_and_the_id_after_it(world, monk
     body = json.loads(world.submits()[0].body)
     assert (body.get("generation_id") or body.get("idempotency_key")) in seen[0]
     at = next(n for n, sent in enumerate(world.sent, 1) if sent.is_submit)
-    assert synced.count(at - 1) >= 2  # the record and its folder
-    assert synced.count(at) >= 2
+    assert min(synced.count(at - 1), synced.count(at)) >= 2  # the record and its folder
 
 
 @only_v2
@@ -1351,14 +1338,12 @@ def test_whatever_makes_another_clip_is_paid_for_once(world):
     flags = [[], ["--prompt", "another"], ["--resolution", "720p"], ["--aspect-ratio", "16:9"],
              ["--model", "together/hedra-avatar"], ["--set", "bounding_box_target=[0.5, 0.5]"]]
     for paid, more in enumerate(flags * 2, 1):
-        assert world.run(*more).status == 0
-        assert len(world.bought()) == min(paid, len(flags))
+        assert (world.run(*more).status, len(world.bought())) == (0, min(paid, len(flags)))
     assert world.run(HEDRA_API_KEY="sk_other").status == 0
     times = world.wav.stat()
     write_wav(world.wav, seed=5)  # other bytes of the same size and time
     os.utime(world.wav, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert world.run().status == 0
-    assert len(world.bought()) == len(flags) + 2
+    assert (world.run().status, len(world.bought())) == (0, len(flags) + 2)
 
 
 @pytest.mark.parametrize(("field", "value", "words"), [
@@ -1401,8 +1386,7 @@ def test_a_generation_that_fails_shows_hedras_reason_and_is_not_paid_again(world
     world.box.fail_with, world.box.refund = reason, True  # what passes gets a new take by itself
     world.run("--prompt", "nods").fails()
     world.box.fail_with = None
-    assert world.run("--prompt", "nods").status == 0
-    assert len(world.bought()) == 3
+    assert (world.run("--prompt", "nods").status, len(world.bought())) == (0, 3)
 
 
 # ---- making a clip: pay once, whatever goes wrong -----------------------------------------------
@@ -1520,12 +1504,17 @@ def test_a_look_that_the_deadline_cuts_short_has_found_out_nothing(world):
 
 
 @only_v2
-def test_a_recording_that_changes_while_it_is_sent_is_not_paid(world):
+def test_a_recording_that_changes_while_it_is_read_or_sent_is_not_paid(world, monkeypatch):
     world.after.append(lambda n: b"WAVE" in world.sent[n - 1].body and write_wav(world.wav, 2.0))
     world.run().fails("hello.wav changed while it was sent; nothing was paid")
     world.after.clear()
     world.succeed()
     assert world.bought()[0].sources[1].read_bytes() == world.wav.read_bytes()
+    write_wav(world.wav, 1.2)
+    monkeypatch.setattr(hedra, "content_digest", lambda file: write_wav(file, 1.5) and "1")
+    with pytest.raises(hedra.InputError, match="changes while it is read") as told:
+        world.video()
+    assert told.value.unfinished, "watch waits for its end in silence"
 
 
 @pytest.mark.parametrize(("lost", "kind"), [(6, "refused"), (1, "refused"), (1, "429")])
@@ -1535,9 +1524,7 @@ def test_a_refusal_forgets_no_order_that_may_be_paid(world, lost, kind):
     world.fail("submit", kind, 99, value=0)
     for _ in range(1 + (lost == 6)):
         assert "nothing was paid" not in world.run("--timeout", "60").fails().err
-    world.heal()
-    world.money(0)
-    world.succeed()
+    world.heal(credits=0, usd=0.0).succeed()
 
 
 @pytest.mark.parametrize(("version", "verb", "more"), [
@@ -1569,13 +1556,20 @@ def test_a_generation_that_hedra_never_shows_is_not_paid_for_again(world):
         assert len(world.bought()) == 1
 
 
+@only_v2
+def test_a_clock_that_was_ahead_when_a_clip_was_submitted_hides_it_from_no_rerun(world, clock):
+    world.box.ignore_reserved_id = True
+    world.fail("submit", "reset-after")
+    world.before.append(lambda n: world.sent[n - 1].is_submit and clock.tick(-48 * 3600))
+    world.succeed()
+
+
 def test_a_submit_that_is_never_answered_ends_and_the_rerun_finishes_the_clip(world, clock):
     world.fail("submit", "reset-after", 99)
     world.fail("status", "500", 999)
     told = world.run()
     assert (told.status, "again" in told.last, "--force" in told.err) == (1, True, False)
-    world.heal()
-    world.box.hidden_seconds = 1e9
+    world.heal(hidden_seconds=1e9)
     clock.tick(3600)  # by another machine's clock it is old, which does not count
     for one in world.box.generations.values():
         one.created = time.monotonic() - 1e9 + 15
@@ -1601,8 +1595,7 @@ def test_handles_that_lapse_are_uploaded_again_and_the_same_key_pays_once(world,
     world.heal()
     clock.tick(3400)  # a handle that is about to lapse is not used either
     before = len(world.verbs)
-    assert world.run().status == 0
-    assert world.verbs[before:].count("upload") == 2
+    assert (world.run().status, world.verbs[before:].count("upload")) == (0, 2)
     world.check_paid()
     bodies = [json.loads(sent.body) for sent in world.submits()]
     assert len({body["idempotency_key"] for body in bodies}) == 1
@@ -1682,13 +1675,11 @@ AFTERWARDS = {
 def test_whatever_happens_to_what_was_made_it_is_not_paid_again(world, what):
     assert world.run().status == 0
     AFTERWARDS[what](world)
-    told = world.run()
-    assert told[:2] == (0, "output/hello.mp4\n"), told.err
-    assert "--force" not in told.err
+    told = world.run().works()
+    assert (told.out, "--force" in told.err) == ("output/hello.mp4\n", False)
     world.check_paid()
-    if "record" in what:
-        assert "damaged" in told.err
-        assert len(list(Path(".cache/clips").glob("*damaged*"))) == 1
+    assert "record" not in what or "damaged" in told.err
+    assert len(list(Path(".cache/clips").glob("*damaged*"))) == ("record" in what)
 
 
 @pytest.mark.parametrize("way", ["edited", "ledger lost", "foreign", "half", "text", "input"])
@@ -1706,11 +1697,9 @@ def test_what_is_at_the_target_and_is_no_video_of_ours_is_left_as_it_is(world, w
     assert (told.status, "--out" in told.last or "is an input" in told.last) == (1, True)
     assert (world.target.read_bytes(), world.costly) == (content, count)
     assert len(world.sent) == asked or way not in ("text", "input"), "without network"
-    assert world.run("--out", "output/other.mp4").status == 0
-    assert len(world.bought()) == 1
+    assert (world.run("--out", "output/other.mp4").status, len(world.bought())) == (0, 1)
     if way == "edited":
-        assert world.run("--force").status == 0
-        assert world.target.read_bytes() == world.videos()[1]
+        assert (world.run("--force").status, world.target.read_bytes()) == (0, world.videos()[1])
 
 
 def test_a_forced_take_in_flight_is_taken_up_by_force_until_it_is_an_hour_old(world, clock):
@@ -1722,6 +1711,34 @@ def test_a_forced_take_in_flight_is_taken_up_by_force_until_it_is_an_hour_old(wo
     world.box.render_seconds = 0.0
     world.succeed("--force", paid=3)
     world.succeed(paid=3)
+
+
+@pytest.mark.parametrize("way", ["killed", "full", "came", "replaced"])
+def test_what_becomes_of_the_files_while_a_clip_is_made_loses_nothing(world, way):
+    """It dies behind the last rename; the cache's disk is full; a file comes; one is replaced."""
+    full = Mock(side_effect=OSError(28, "No space left"))
+
+    def at_work(number):
+        if world.verbs[-1] in ("status", "stream") and not world.after.clear():
+            {
+                "killed": lambda: patch.setattr(hedra.Ledger, "keep", full),
+                "full": lambda: patch.setattr(hedra.Record, "save", full),
+                "came": lambda: world.target.write_bytes(FILM),
+                "replaced": lambda: write_wav(world.wav, seed=9),
+            }[way]()
+
+    world.after.append(at_work)
+    with pytest.MonkeyPatch.context() as patch:
+        told = world.run()
+    if way == "replaced":
+        assert told.works() and world.target.stat().st_mtime < world.wav.stat().st_mtime
+        return
+    told.fails("left as it is" if way == "came" else "No space left")
+    assert world.target.read_bytes() == (FILM if way == "came" else world.videos()[0])
+    world.target.unlink() if way == "came" else None
+    world.box.expired_outputs, before = way == "killed", len(world.sent)
+    world.succeed()
+    assert way != "killed" or "files" not in [sent.port for sent in world.sent[before:]]
 
 
 @pytest.mark.parametrize("way", ["funds", "upload", "submit", "lost", "failed"])
@@ -1738,9 +1755,7 @@ def test_a_forced_take_that_comes_to_nothing_leaves_the_finished_one_in_force(wo
     else:
         world.fail("submit", "502-html" if way + world.version == "lostv2" else "refused", 9)
     assert world.run("--force").status == 1
-    world.heal()
-    world.box.balance_error = world.box.fail_with = None
-    world.money(100)
+    world.heal(balance_error=None, fail_with=None, credits=100, usd=1.0)
     assert world.run()[:2] == (0, "output/hello.mp4\n")
     world.target.unlink()
     world.succeed(paid=1 + (way == "failed"))
@@ -1859,9 +1874,7 @@ def test_the_ledger_is_readable_by_a_person_and_tells_no_key_and_no_address(worl
     assert (values["state"], values["generation_id"]) == ("done", world.bought()[0].id)
     files = [p for p in Path(".cache").rglob("*") if p.is_file()]
     told = "".join(p.read_text(errors="replace") for p in files)
-    assert "hello.wav" in told
-    for secret in (world.key, world.key.partition(":")[2] or world.key, world.bought()[0].file):
-        assert secret not in told
+    assert [words in told for words in ("hello.wav", KEY, world.bought()[0].file)] == [1, 0, 0]
     assert {path.stat().st_mode & 0o777 for path in [*files, world.target]} == {0o664}
 
 
@@ -1911,9 +1924,7 @@ def test_a_download_that_is_cut_goes_on_while_it_gets_further(world, monkeypatch
     world.succeed()
     assert statuses(world) == [200, *[206] * 7]
     first, second, *_ = ranges(world)
-    assert first == ("", "")
-    assert second[0].startswith("bytes=15")
-    assert second[1].startswith('"')
+    assert (first, second[0][:8], second[1][:1]) == (("", ""), "bytes=15", '"')
     assert not any(seen[: len(world.sent) - 1]), "under the final name is the whole or nothing"
 
 
@@ -1923,8 +1934,7 @@ def test_the_next_process_takes_up_what_the_last_one_got_at_a_fresh_address(worl
     clock.tick(2 * 3600)
     before = len(ranges(world))
     world.succeed()
-    assert ranges(world)[before][0] == f"bytes={size}-"
-    assert statuses(world)[before:] == [206]
+    assert (ranges(world)[before][0], statuses(world)[before:]) == (f"bytes={size}-", [206])
 
 
 @pytest.mark.parametrize("size", [FILLER, 2 * FILLER, 30])
@@ -1939,17 +1949,16 @@ def test_a_video_that_changed_meanwhile_is_never_spliced(world, size):
     assert world.target.read_bytes() == new
 
 
+def no_room(source, target, replace=os.replace, full=(True,)):
+    if full and str(target).endswith(".mp4"):
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+    replace(source, target)
+
+
 @only_v3
 def test_a_full_disk_keeps_the_part_and_the_rerun_needs_no_byte_more(world, monkeypatch):
-    replace = os.replace
-
-    def full(source, target):
-        if str(target).endswith(".mp4"):
-            raise OSError(errno.ENOSPC, "No space left on device", str(target))
-        replace(source, target)
-
     with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", full)
+        patched.setattr(os, "replace", no_room)
         world.run().fails("No space left on device", "hello.mp4", "paid")
     assert not world.target.exists()
     world.succeed()
@@ -2009,9 +2018,9 @@ def test_many_portraits_say_one_text_that_is_spoken_and_priced_once(world):
     flags = ("--voice", "Otis", "--jobs", "4")
     *_, (_, _, price, *_) = map(str.split, world.batch(*flags, "--dry-run").out.splitlines())
     assert float(price) == pytest.approx({"v2": 4 * 30 + 5, "v3": 4 * 0.3 + 0.015}[world.version])
-    done = world.batch(*flags)
-    assert (done.status, len(world.bought("text_to_speech"))) == (0, 1), done.err
-    assert len(set(world.outputs().values())) == len(world.bought()) == 4
+    world.batch(*flags).works()
+    made = len(world.bought("text_to_speech")), len(world.bought())
+    assert (*made, len(set(world.outputs().values()))) == (1, 4, 4)
 
 
 def test_a_speech_that_no_video_can_have_is_delivered_and_a_voice_made_anew_is_found(world):
@@ -2074,8 +2083,8 @@ def test_a_text_that_cannot_be_spoken_is_refused_before_anything_is_sent(world, 
     os.mkfifo("pipe")
     Path("zero").symlink_to("/dev/zero")
     told = world.run("--json", say=say).fails(words)
-    assert (len(told.err.splitlines()), told.rows[0]["name"] == "run") == (1, False)
-    assert world.costly == 0
+    lines, row = told.err.splitlines(), told.rows[0]
+    assert (len(lines), row["name"] == "run", world.costly) == (1, False, 0)
 
 
 @only_v3
@@ -2119,13 +2128,12 @@ def test_before_there_is_a_speech_its_price_is_an_estimate(world):
     words = ("run", "--say", "x" * 150, "--voice", "Otis", "--img", "friend.png", "--dry-run")
     row = world.call(*words).out.splitlines()[1].split()
     assert (row[1], row[2]) == ("~10.0", {"v2": "~35", "v3": "~0.315"}[world.version])
-    folder = world.folder / "batch"
-    folder.mkdir()
-    (folder / "a.say.txt").write_text("x" * 150)
+    (world.folder / "batch").mkdir()
+    (world.folder / "batch/a.say.txt").write_text("x" * 150)
     caps = {"v2": ("41", "42"), "v3": ("0.377", "0.378")}[world.version]
     assert world.costly == 0
     world.batch("--voice", "Otis", "--max-credits", caps[0]).fails()  # a fifth is added
-    assert world.batch("--voice", "Otis", "--max-credits", caps[1]).status == 0
+    world.batch("--voice", "Otis", "--max-credits", caps[1]).works()
     rows = world.batch("--voice", "Otis", "--dry-run", "--json").rows
     assert [(r["state"], r["credits"], r["estimate"]) for r in rows] == [("done", 0, False)]
 
@@ -2241,12 +2249,10 @@ def test_quoted_billed_and_paid_agree_with_the_books_after_force_and_refusals(wo
              "v3": f"quoted ${quoted:.2f}, billed ${billed:.2f}"}[world.version]
     assert shown in done.err
     again = world.batch(*flags, "--json")
-    assert [row["paid"] for row in again.rows] == [False] * 3
-    assert "quoted" not in again.err
+    assert ([row["paid"] for row in again.rows], "quoted" in again.err) == ([False] * 3, False)
     world.fail("list", "500", 99)  # the bill cannot be asked for, but by the next batch
     assert world.batch(*flags, "--force").status == 0
-    world.heal()
-    world.box.fail_with = {"type": "GONE", "message": "No"}
+    world.heal(fail_with={"type": "GONE", "message": "No"})
     world.fill("dora")
     told = world.batch(*flags).fails("dora", "No (GONE)")
     assert (told.err.count("dora: failed"), told.err.count("(GONE)")) == (1, 1)
@@ -2292,8 +2298,7 @@ def test_a_bill_that_comes_late_is_asked_for_again(world):
 ])
 def test_what_asks_for_a_wait_beyond_the_time_ends_the_clip(world, verb, after):
     world.fail(verb, "429" if after == "soon" else "503", 99, value=after)
-    if verb == "stream":
-        world.fail("status", "503", 99, value=after)
+    world.fail("status", "503", 99, value=after) if verb == "stream" else None
     said = {"soon": "rate limit", "submit": "Come back later", "download": "503"}
     world.fill("hello")[0].write_bytes(world.wav.read_bytes())  # the same clip
     for command in (world.run, world.batch)[: 1 + (after == "soon")]:
@@ -2340,8 +2345,7 @@ def test_make_video_is_the_whole_product_in_one_silent_call_paid_once(world, cap
     world.check_paid()
     assert world.video(force=True) == world.target
     world.check_paid(2)
-    assert world.video(name="b", resolution="720p", prompt="nods")
-    assert len(world.bought()) == 3
+    assert world.video(name="b", resolution="720p", prompt="nods") and len(world.bought()) == 3
 
 
 @only_v2
@@ -2349,8 +2353,7 @@ def test_make_video_is_safe_in_threads(live):
     with ThreadPoolExecutor(4) as pool:
         found = [pool.submit(live.video, name, poll_interval=0.05) for name in "aabb"]
     found = [one.result().read_bytes() for one in found]
-    assert found == live.videos() * 4
-    assert live.outputs().keys() == {"a", "b"}
+    assert (found, live.outputs().keys()) == (live.videos() * 4, {"a", "b"})
 
 
 @only_v2
@@ -2374,8 +2377,7 @@ def test_the_errors_of_the_library_carry_their_evidence(world):
     world.box.fail_with, world.box.render_seconds = None, 1e6
     with pytest.raises(hedra.StillRunning) as late:
         world.video(resolution="1080p", timeout=60)
-    ids = [failed.value.generation_id, late.value.generation_id]
-    assert ids == [one.id for one in world.box.paid]
+    assert [e.value.generation_id for e in (failed, late)] == [one.id for one in world.box.paid]
     world.money(0)
     with pytest.raises(hedra.OutOfCredits):
         world.video(resolution="720p")
@@ -2385,9 +2387,21 @@ def test_the_errors_of_the_library_carry_their_evidence(world):
     assert refused.value.status == 401
     world.wav.write_bytes(b"no sound at all" * 9)
     wrong = [{"prompt": " "}, {"settings": {"resolution": "1080p"}}, {"settings": {"x": math.nan}}]
+    wrong += [{"settings": ["seed"]}, {"poll_interval": math.nan}, {"timeout": -1}]
     for bad in ({}, *wrong):
-        with pytest.raises(hedra.InputError, match="prompt|parameter|JSON" if bad else "hello.wav"):
+        words = "prompt|parameter|JSON|mapping|seconds" if bad else "hello.wav"
+        with pytest.raises(hedra.InputError, match=words):
             world.video(**bad)
+
+
+@only_v2
+def test_a_clip_needs_no_second_thread_and_locks_that_are_refused_are_told(world, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "lockf", Mock(side_effect=OSError(37, "No locks available")))
+        world.run().fails(".cache/locks cannot be locked: No locks", "HEDRA_CACHE_DIR")
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", Mock(side_effect=RuntimeError("no thread")))
+    world.video()
+    world.check_paid()
 
 
 # ---- making a clip: a fuzz of wrong values over every answer ------------------------------------
@@ -2501,8 +2515,7 @@ def test_a_batch_pays_each_clip_once_and_the_next_one_says_and_asks_nothing(worl
     assert (paths := sorted(done.out.splitlines())) == sorted(f"output/{n}.mp4" for n in names)
     count, again = len(world.sent), world.batch()
     assert (again.status, sorted(again.out.splitlines()), again.err) == (0, paths, "")
-    assert len(world.sent) == count
-    assert (world.batch("--force").status, len(world.bought())) == (0, 10)
+    assert (len(world.sent), world.batch("--force").status, len(world.bought())) == (count, 0, 10)
     assert sorted(world.outputs().values()) == sorted(world.videos()[5:])
 
 
@@ -2523,16 +2536,20 @@ def test_a_folder_with_one_of_each_kind_is_made_by_batch_each_paid_once(world):
 
 @only_v3
 def test_with_ffprobe_every_recording_has_a_price_and_a_limit(live, ffprobe):
-    ffprobe('case $* in *long*) echo 700;; *cut*) echo 4,1 10;; *half*) exit 1;; *) echo 10; esac')
+    answers = "*long*) echo 700;; *cut*) echo 4,1 5.3, 5.1;; *half*) exit 1;; *hard*) echo 5;; "
+    ffprobe(f"case $* in {answers}*) echo 9.7,0.1 10 20; esac")  # a sound whose film goes on
     folder = live.fill("wave")[0].parent
     (folder / "memo.m4a").write_bytes(SOUNDS["m4a"])
+    page = b"OggS\0\4" + bytes(20) + b"\2\4\4" + bytes(7)  # which lacks a byte
+    for name, content in (("hard", page), ("hall", page + b"\0")):
+        (folder / f"{name}.ogg").write_bytes(SOUNDS["ogg"] + content)
     for name in ("cut", "half", "long"):
         (folder / f"{name}.mp3").write_bytes(SOUNDS["mp3"])
     table = {row[0]: row[1:3] for row in ROWS.findall(live.batch("--dry-run").out)}
     assert table["memo"] == ("10.0", "0.3")
     told = live.batch(*QUICK).fails("hedra_avatar: long: ", "700.00 s")
-    assert len(re.findall(r"(?:cut|half)\.mp3 is cut short", told.err)) == 2
-    assert set(live.outputs()) == {"memo", "wave"}
+    assert len(re.findall(r"(?:cut\.mp3|half\.mp3|hard\.ogg) is cut short", told.err)) == 3
+    assert set(live.outputs()) == {"hall", "memo", "wave"}
 
 
 @only_v3
@@ -2549,6 +2566,7 @@ def test_a_failed_clip_stops_no_other_and_is_listed_last_once_with_its_reason(wo
         os.utime(gina, (time.time(), time.time()))
         told = world.batch("--jobs", "1").fails()
         assert told.out == "output/ben.mp4\n"
+        world.run(wav=gina).fails("gina.wav is still being written")
         last = told.err.splitlines()[-6:]
         for reason in ("anna.*cut short", "cleo.*modera", "dora.*UTF-8", "emil.mp3, emil.wav",
                        "finn.*not a file", "gina.wav is still being written"):
@@ -2577,11 +2595,10 @@ def test_a_dry_run_of_a_folder_tells_each_clips_state_and_the_totals(world):
     told = world.batch("--dry-run").out.partition("\n")[2]
     rows = {row[0]: row[1:] for row in ROWS.findall(told)}
     price, total = {"v2": ("3", "6"), "v3": ("0.03", "0.06")}[world.version]
-    assert list(rows) == ["done", "flies", "new1", "new2", "refused", "wrong", "total"]
+    assert [*rows] == ["done", "flies", "new1", "new2", "refused", "wrong", "total"]
     assert rows["new1"] == rows["new2"] == ("1.0", price, "new")
     assert (rows["done"][1:], rows["flies"][1:]) == (("0", "done"), ("0", "in flight"))
-    assert rows["refused"][2].startswith("refused")
-    assert rows["wrong"][2].startswith("bad: ")
+    assert (rows["refused"][2][:7], rows["wrong"][2][:5]) == ("refused", "bad: ")
     assert (rows["total"][:2], "2 new" in rows["total"][2]) == (("2.0", total), True)
     assert {"v2": "9991 credits", "v3": "$99.91"}[world.version] in rows["total"][2]
     objects = {row["name"]: row for row in world.batch("--dry-run", "--json").rows}
@@ -2610,10 +2627,10 @@ def test_the_limits_of_the_account_slow_a_batch_down_and_fail_nothing(world):
 @only_v3
 def test_a_batch_takes_every_name(world):
     names = ['a "b" \'c\'', "ä ö 你好 🎬", "line\nbreak", "-dash", "$(touch x);`y`", "%s{0}"]
-    names += ["a.b", os.fsdecode(b"caf\xe9"), "\x1b[31m"]
+    names += ["~x", "#1 x", "a.b", os.fsdecode(b"caf\xe9"), "\x1b[31m"]
     world.fill(*(name for name in names if name != names[-2]))
     shutil.copy(world.wav, os.fsencode(world.folder / "batch") + b"/caf\xe9.wav")
-    world.fill(".hidden", "~temporary", "#emacs")
+    world.fill(".hidden")
     told = world.batch("--json").works()
     assert {row["name"]: row["path"] for row in told.rows} == {n: f"output/{n}.mp4" for n in names}
     assert all(line.isprintable() for line in told.err.splitlines())
@@ -2727,10 +2744,9 @@ def test_a_dropped_recording_or_text_becomes_a_video_and_its_path_is_told(watch)
         watch.wait_for("anna", "Ben", "news", "memo")
         watch.let_pass(70)
 
-    odd = (".hidden.wav", "~lock.wav", "#auto#.wav", "a.wav.part", "a.wav~", "4913")
+    odd = (".hidden.wav", "a.wav.part", "a.wav~", "4913")
     watch(story, "--prompt", "waves", "--voice", "Otis")
-    assert watch.lines(*odd) == []
-    assert len(watch.lines("1 file ignored: .amr")) == 1
+    assert (watch.lines(*odd), len(watch.lines("1 file ignored: .amr"))) == ([], 1)
     assert set(watch.world.outputs()) == {"anna", "Ben", "news", "memo"}
     assert sorted(one.prompt for one in watch.world.bought()) == ["nods", *["waves"] * 3]
     assert len(watch.world.bought("text_to_speech")) == 1
@@ -2864,21 +2880,16 @@ def test_what_fails_for_good_is_told_once_and_does_not_end_the_watcher(watch):
 )
 @only_v3
 def test_a_clip_is_tried_again_until_it_is_there(watch, way, monkeypatch):
-    world, replace, full, busy = watch.world, os.replace, [True], {"type": "UNAVAILABLE"}
+    world, full, busy = watch.world, [True], {"type": "UNAVAILABLE"}
     lock, place = contextlib.ExitStack(), Path("output/anna.mp4").absolute()
     ledger = hedra.Ledger(Path(".cache"), time.sleep, print)
-
-    def no_room(source, target):
-        if full and str(target).endswith(".mp4"):
-            raise OSError(errno.ENOSPC, "No space left on device", str(target))
-        replace(source, target)
 
     def lock_out(number):
         world.box.keys = set() if full and world.bought() else world.box.keys
 
     {
         "folder": lambda: Path("output").symlink_to("gone/away"),
-        "disk": lambda: monkeypatch.setattr(os, "replace", no_room),
+        "disk": lambda: monkeypatch.setattr(os, "replace", functools.partial(no_room, full=full)),
         "401": lambda: world.after.append(lock_out),
         "transient": lambda: setattr(world.box, "fail_with", {**busy, "message": "Busy"}),
         "302": lambda: world.fail("download", "302", 10**6, value="http://cdn.example/x"),
@@ -2897,9 +2908,7 @@ def test_a_clip_is_tried_again_until_it_is_there(watch, way, monkeypatch):
         assert way != "dear" or not watch.lines("waiting until")
         full.clear()
         lock.close()
-        world.heal()
-        world.money(100)
-        world.box.keys = world.box.fail_with = None
+        world.heal(keys=None, fail_with=None, credits=100, usd=1.0)
         Path("output").unlink() if way == "folder" else None
         place.rmdir() if way == "dir" else None
         watch.wait_for("anna")
@@ -2911,24 +2920,27 @@ def test_a_clip_is_tried_again_until_it_is_there(watch, way, monkeypatch):
 @pytest.mark.parametrize(("version", "kind"), [("v3", "unreachable"), ("v2", "funds")])
 def test_an_outage_is_outlived_with_a_line_each_way(watch, kind):
     world, names = watch.world, ("anna", "ben", "cleo", "dora")
+    early, world.box.render_seconds = ["early"] * (kind == "funds"), 200.0
     if kind == "funds":
-        world.money(1)  # which is not enough for the shortest clip
+        world.money(4)  # for one, which goes on: the rest is not enough for the shortest clip
     else:
         world.environ["HEDRA_BASE_URL"] = f"http://127.0.0.1:{closed_port()}/x"
 
     def story():
+        watch.drop(*(f"{name}.wav" for name in early))
+        watch.until(lambda: len(world.bought()) == len(early))
         watch.drop("anna.wav", "ben.wav")
         watch.until(lambda: watch.lines("waiting until"))
         watch.drop("cleo.wav", "dora.wav")
         watch.let_pass(300)
         assert len(watch.lines("waiting until")) == 1
         assert len(watch.lines(*names)) <= 4, watch.told.getvalue()
-        assert world.outputs() == {}
+        assert (set(world.outputs()), watch.lines("going on")) == (set(early), [])
         if kind == "funds":
             world.money(100)
-            watch.until(lambda: len(watch.lines(": done")) == 4, step=5.0)
+            watch.until(lambda: len(watch.lines(": done")) == 5, step=5.0)
             assert len(watch.lines("going on")) == 1
-            world.check_all_paid(*names)
+            world.check_all_paid(*names, *early)
 
     watch(story)
 
@@ -2942,8 +2954,7 @@ def test_a_log_has_two_to_fifteen_plain_lines_a_clip(world):
     assert world.run("-q", "--prompt", "nods") == (0, "output/hello.mp4\n", "")
     lines = told.err.splitlines()
     assert 2 <= len(lines) == len(set(lines)) <= 15
-    assert all("hello" in line and line.isprintable() for line in lines)
-    assert "\r" not in told.err
+    assert all("hello" in line and line.isprintable() for line in lines) and "\r" not in told.err
     assert any(re.search(r"submitted.*about (3 credits|\$0\.03)", line) for line in lines)
 
 
@@ -3005,8 +3016,7 @@ def test_a_wrong_setting_is_refused_by_name_and_as_json(world, name, value, word
     run = "run --wav hello.wav --img friend.png"
     for command in (run, "batch --img friend.png", "credits", "voices"):
         told = world.call(*command.split(), "--json", **{name: value}).fails(words)
-        assert told.rows[-1]["status"] == "failed"
-        assert len(told.err.splitlines()) == 1
+        assert (told.rows[-1]["status"], len(told.err.splitlines())) == ("failed", 1)
     assert world.sent == []
 
 
@@ -3037,8 +3047,7 @@ def test_the_key_is_told_to_nobody_else(world, files_server):
     told += "".join(p.read_text(errors="replace") for p in Path().rglob("*") if p.is_file())
     told += "".join(str(sent) for sent in world.sent if sent.port == "files")
     assert not [key for key in {world.key, world.key.partition(":")[2] or world.key} if key in told]
-    assert "/away" not in [sent.path for sent in world.sent]
-    assert world.box.leaks == []
+    assert ("/away" in [sent.path for sent in world.sent], world.box.leaks) == (False, [])
 
 
 @pytest.mark.parametrize(("flags", "status"), [(["--min", "50"], 0), (["--min", "1e5"], 1)])
@@ -3117,8 +3126,7 @@ def test_a_batch_on_a_terminal_has_a_line_for_each_clip_above_one_for_all(live, 
     live.box.render_seconds = 0.6
     words = ("batch", "--img", "friend.png", "--jobs", "4", "--poll-interval", "0.1")
     status, screen = on_terminal(live, columns, *words, NO_COLOR="1" if columns == 60 else "")
-    assert status == 1
-    assert (screen.wrapped, screen.odd) == (0, set())
+    assert (status, screen.wrapped, screen.odd) == (1, 0, set())
     busy = [view for view in screen.seen if re.search(r"(?m)^\d/4 clips", view)]
     assert any(re.search(r"(?m)^anna: (queued|processing).*\d:\d\d", view) for view in busy)
     assert any("ben: " in view and "anna: " in view and "a name" in view for view in busy)
@@ -3151,10 +3159,9 @@ def start(
     world: World, *words: str, kind: Any = subprocess.Popen, out: Any = subprocess.PIPE,
     err: Any = subprocess.PIPE, **environ: str,
 ) -> subprocess.Popen[str]:
-    heard = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGHUP):
-            heard[number] = signal.signal(number, signal.SIG_DFL)
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGHUP) if is_main else ()
+    heard = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     try:
         return kind(
             [sys.executable, "-m", "hedra_avatar", *words], cwd=world.folder, text=True,
@@ -3211,8 +3218,7 @@ def test_processes_on_one_clip_one_text_and_one_portrait_pay_once(live):
     told = [f"output/{name}.mp4\n" for name in ["hello"] * 3 + ["other", "hi", "hi"]]
     assert [finish(process)[:2] for process in started] == [(0, path) for path in told]
     live.check_all_paid("hello", "other", "hi")
-    assert len(live.bought("text_to_speech")) == 1
-    assert (live.verbs.count("upload"), live.verbs.count("download")) == (4, 4)
+    assert [live.verbs.count(verb) for verb in ("submit", "upload", "download")] == [4, 4, 4]
 
 
 @only_v2
@@ -3251,11 +3257,10 @@ def test_a_signal_ends_a_command_quickly_and_loses_nothing(live, number, command
     process = start(live, *command.split(), "--img", "friend.png", "--json")
     assert waiting.wait(60)
     status, out, err = finish(process, number)
-    assert status == 128 + number
     rows = [json.loads(line) for line in out.splitlines()]
     assert [(row["name"], row["path"], row["paid"]) for row in rows] == [("hello", None, True)]
     assert ("Traceback" in err, "again" in err.splitlines()[-1]) == (False, True)
-    assert err.count("hedra_avatar: ") == 1
+    assert (status, err.count("hedra_avatar: ")) == (128 + number, 1)
     live.box.render_seconds = 0.0
     with frozen():
         assert live.batch().status == 0
@@ -3282,8 +3287,7 @@ def test_ctrl_c_waits_for_no_upload_and_no_name_and_force_costs_nothing_by_it(li
     Path("sitecustomize.py").write_text(code % "sleep(60)")
     paths = {"HEDRA_BASE_URL": "https://api.x.test", "PYTHONPATH": f"{live.folder}:{HERE}"}
     process = start(live, "credits", **paths)
-    assert process.stdout.readline() == "\n"
-    assert finish(process, signal.SIGINT)[0] == 130
+    assert (process.stdout.readline(), finish(process, signal.SIGINT)[0]) == ("\n", 130)
 
 
 @only_v3
@@ -3333,13 +3337,12 @@ needs_make = pytest.mark.skipif(not MAKE, reason="make is not installed")
 def shop(live: World) -> World:
     for name in ("Makefile", "hedra_avatar.py", ".env.example"):
         shutil.copy2(HERE / name, live.folder)
-    for name in ("batch", "incoming", "output"):
+    for name in ("batch", "incoming", "output", "bin"):
         (live.folder / name).mkdir()
     programs = {"python": f'exec "{sys.executable}" "$@"', "python3": 'exec python "$@"'}
     programs["runner"] = 'echo "$*" >>started.log; exec "$@"'
     for name, script in programs.items():
         file = live.folder / "bin" / name
-        file.parent.mkdir(exist_ok=True)
         file.write_text(f"#!/bin/sh\n{script}\n")
         file.chmod(0o755)
     live.environ |= {"PATH": f"{live.folder / 'bin'}:{TOOLS}"}
@@ -3368,7 +3371,7 @@ def test_make_builds_every_kind_of_clip_once_and_then_only_what_changed(shop):
     (anna.parent / "news.say.txt").write_text(TEXT)
     (anna.parent / "ben.say.txt").write_text("A recording wins.")
     status, out, asked = make(shop, "-j4", "IMG=friend.png", "VOICE=Otis")
-    assert (status, asked) == (0, 4), out
+    assert (status, asked, "ignored" in out) == (0, 4, False), out
     assert set(shop.outputs()) == {"anna", "ben", "memo", "news"}
     assert (len(shop.bought()), len(shop.bought("text_to_speech"))) == (4, 1)
     images = [(one.prompt, one.sources[0].read_bytes()) for one in shop.bought()]
@@ -3377,13 +3380,11 @@ def test_make_builds_every_kind_of_clip_once_and_then_only_what_changed(shop):
     again = ("IMG=friend.png", "VOICE=Otis")
     assert make(shop, "-j4", *again)[::2] == (0, 0)
     os.utime(anna)  # touched, and the same
-    assert make(shop, *again)[::2] == (0, 1)
-    assert make(shop, *again)[::2] == (0, 0)
+    assert (make(shop, *again)[::2], make(shop, *again)[::2]) == ((0, 1), (0, 0))
     assert len(shop.bought()) == 4
     write_png(own, 98)
     prompt.write_text("nods")
-    assert make(shop, *again)[::2] == (0, 2)
-    assert len(shop.bought()) == 6
+    assert (make(shop, *again)[::2], len(shop.bought())) == ((0, 2), 6)
 
 
 @needs_make
@@ -3396,9 +3397,10 @@ def test_make_notices_the_settings_and_asking_again_is_free_where_nothing_change
     for paid, words in ((2, ["IMG=friend.png", hd]), (3, ["IMG=other.png", hd])):
         assert make(shop, "-n", *words, quick=False)[1].count("runner") == 1
         assert make(shop, *words, quick=False)[::2] == (0, 1)
-        assert make(shop, *words, quick=False)[::2] == (0, 0)
-        assert len(shop.bought()) == paid
+        assert (make(shop, *words, quick=False)[::2], len(shop.bought())) == ((0, 0), paid)
     assert make(shop, hd, quick=False, FRIEND_IMG="other.png", HEDRA_VOICE="Otis")[::2] == (0, 1)
+    shop.fill("anna", where="else")
+    assert make(shop, hd, "IN=else", "IMG=other.png", quick=False)[::2] == (0, 1)
     assert len(shop.bought()) == 3
 
 
@@ -3423,8 +3425,7 @@ def test_make_never_deletes_a_video_and_leaves_nothing_half_done(shop):
     )
     until(lambda: len(shop.box.paid) == 2)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(20) != 0
-    assert set(shop.outputs()) == {"ben"}
+    assert (process.wait(20) != 0, set(shop.outputs())) == (True, {"ben"})
     shop.box.render_seconds = 0.0
     assert make(shop, "IMG=friend.png")[0] == 0
     shop.check_all_paid("anna", "ben")
@@ -3433,7 +3434,7 @@ def test_make_never_deletes_a_video_and_leaves_nothing_half_done(shop):
 @needs_make
 @only_v2
 def test_names_that_make_cannot_take_are_told_and_left_to_batch(shop):
-    names = ["with blank", "semi;colon", "a#b", "per%cent", "co:lon", "st*r", "d$(x)", "it's"]
+    names = ["with blank", "semi;colon", "#1 b", "per%cent", "co:lon", "st*r", "d$(x)", "it's"]
     names.append("line\ntouch evil")
     shop.fill("anna", *names)
     (shop.folder / "batch/UP.MP3").write_bytes(SOUNDS["mp3"])
@@ -3503,9 +3504,8 @@ def test_the_readmes_sequences_of_commands_run_as_they_stand_in_order(shop):
     made_before = re.compile(r"make (demo|test|install)|\. \.venv/bin/activate")
     digits, ran, paid = re.compile(r"[\d.]+"), [], dict[str, int]()
     environ = {**shop.environ, "PYTHONPATH": str(HERE)}
-    commands = list(readme_commands())
     (code,) = re.findall(r"(?s)```python\n(.*?)```", README)
-    for command, shown in [*commands, (f"python -c {shlex.quote(code)}", [])]:
+    for command, shown in [*readme_commands(), (f"python -c {shlex.quote(code)}", [])]:
         if made_before.match(command):
             continue
         done = subprocess.run(
