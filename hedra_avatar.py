@@ -23,14 +23,15 @@ recording, or a text to be spoken, x.say.txt. Beside x.wav may lie x.png (or jpg
 portrait, x.txt, its prompt, and x.voice.txt, who speaks. The video is output/x.mp4.
 
 A clip is its content: the bytes of portrait and recording (or a text and a voice), the prompt,
-resolution, aspect ratio, model and account. The ledger, .cache/, remembers by it what was asked of
-Hedra and what came back. So a clip is paid for once, whatever fails, is killed, is rerun or races:
-run a command again and it takes up where the last one stopped; --force pays for a new take.
+resolution, aspect ratio, --set, models and account. The ledger, .cache/, remembers by it what was
+asked of Hedra and what came back. So a clip is paid for once, whatever fails, is killed, is rerun
+or races: run a command again and it takes up where the last one stopped; --force pays for a new
+take.
 
 Hedra has two APIs. A key with a colon is of the jobs API (v3, US dollars), any other of the web
 API (v2, credits). For Linux and macOS.
 
-environment, or a file named .env in the working directory (a flag wins over both):
+environment, or, for the commands, a file .env in the working directory (a flag wins over both):
   HEDRA_API_KEY       the key, of either kind
   FRIEND_IMG          portrait of clips that have none
   HEDRA_VOICE         who speaks texts, by name or id
@@ -204,7 +205,8 @@ def need(package: str) -> Any:
     try:
         return import_module(package)
     except ImportError as error:
-        how = "python -m pip install 'urllib3>=2.2,<3' tqdm watchdog python-dotenv"
+        packages = "'urllib3>=2.2,<3' tqdm watchdog python-dotenv"
+        how = f"{sys.executable or 'python'} -m pip install {packages}"
         raise InputError(f"the package {error.name or package} is missing: {how}") from error
 
 
@@ -476,7 +478,7 @@ def read_film(stream: IO[bytes], kind: str = VIDEO) -> Media | None:
     names, seconds, sound = set[bytes](), 0.0, False
     size = os.fstat(stream.fileno()).st_size
     for name, stop, data in iter_boxes(stream, 0, size):
-        is_cut = stop > size and (kind == VIDEO or name.isalpha())
+        is_cut = stop > size and (kind == VIDEO or name in (b"moov", b"mdat", b"moof", b"free"))
         if is_cut or (not names and name != b"ftyp"):
             return None
         names.add(name)
@@ -565,6 +567,13 @@ def video_digest(file: Path) -> str:
             stream.seek(max(0, size - 65536) * n // 15)
             digest.update(stream.read(65536))
     return digest.hexdigest()
+
+
+def digest_at(file: Path) -> str:
+    """The digest of what lies at a target, "" where that is nothing."""
+    with contextlib.suppress(OSError, InputError):
+        return video_digest(file) if os.stat(file).st_size else ""
+    return ""
 
 
 # ---- replies: Reply, parse_status, parse_model, parse_price, parse_error, Record, Clip ----------
@@ -917,7 +926,7 @@ class Clip:
     billed: float | None = None
     error: Exception | None = None
     paid, is_doubtful, warning, spent_s = False, False, "", 0.0
-    old: str | None = None  # how what lay at the target looked, and may go
+    old: str | None = None  # the digest of what lay at the target, and may go
     shown = note = ""  # in its line of the View; `share` is how far it is in its state, 0..1
     share: float | None = None
     sending = 0  # bytes, of the files that are going up
@@ -941,6 +950,12 @@ class Clip:
     def generation_id(self) -> str:
         """What Hedra calls it, "" before it does."""
         return self.record.text("generation_id")
+
+    @property
+    def digests(self) -> set[str]:
+        """Of its take's results: where they came to, or were about to."""
+        videos = self.record.part("videos")
+        return {*map(videos.text, videos.values), self.record.text("expected")} - {""}
 
     @property
     def seconds(self) -> float | None:
@@ -1563,9 +1578,10 @@ class WebApi:
         path = f"/generations/{in_path(generation_id)}/status"
         return parse_status(self.http.api("GET", path), generation_id)
 
-    def find(self, clip: Clip) -> str:
+    def find(self, clip: Clip, *, far: bool = True) -> str:
         """The id of the generation that was submitted as `reserved` or, as a server may have
-        ignored that, of the take's own recording or text; "" for none."""
+        ignored that, of the take's own recording or text; "" for none. `far` back, as the clock of
+        that day may have been wrong."""
         try:
             self.http.repeat(lambda: self.look(clip.reserved))
             return clip.reserved
@@ -1573,8 +1589,7 @@ class WebApi:
             if error.status != 404 or error.ambiguous:
                 raise
         speech, since = clip.kind == SPEECH, clip.record.number("submitted_at") or 0.0
-        month_before = min(since, time.time()) - 30 * 86400  # by clocks that may be wrong
-        after = time.gmtime(min(max(0.0, month_before), 4e9))
+        after = time.gmtime(max(0.0, min(since, time.time()) - (30 if far else 1) * 86400))
         query = {"created_after": time.strftime("%Y-%m-%dT%H:%M:%SZ", after)}
         for row in self.iter_rows(type="text_to_speech" if speech else "video", **query):
             made = row.part("input")
@@ -1741,7 +1756,7 @@ class JobsApi:
         """One look at a job."""
         return parse_status(self.http.api("GET", f"/jobs/{in_path(job_id)}/status"), job_id)
 
-    def find(self, clip: Clip) -> str:
+    def find(self, clip: Clip, *, far: bool = True) -> str:
         """Nothing to look for: a repeated submit is safe, and no list tells a job by its key."""
         return ""
 
@@ -2067,8 +2082,9 @@ class Ledger:
                         self.held.add(mine)
                         break
             except OSError as error:  # a share without locks
-                text = f"{path} cannot be locked: {error.strerror}; nothing was paid meanwhile"
-                raise HedraError(f"{text}: set HEDRA_CACHE_DIR to a folder that can") from error
+                text = f"{path} cannot be locked: {error.strerror}; what was paid for is not lost"
+                how = "move its folder to a disk that has locks, and set HEDRA_CACHE_DIR to it"
+                raise HedraError(f"{text}: {how}") from error
             waiting()
             self.sleep(0.05)
         try:
@@ -2111,7 +2127,7 @@ class Ledger:
         """Where a take's result lies whole on this disk: at the target, or where it once was; or,
         `nearby`, under any name beside those; "" for nowhere."""
         places, seen = clip.record.part("videos"), clip.record.part("seen")
-        if not (digests := {places.text(place) for place in places.values}):
+        if not (digests := clip.digests):
             return ""
         files = {self.place(clip): clip.place}
         for place in places.values:
@@ -2119,6 +2135,7 @@ class Ledger:
         for folder in {os.path.dirname(file) for file in files.values()} if nearby else ():
             files |= {str(file): str(file) for file in Path(folder).glob("*.mp4")}
         files |= {digest: f"{self.kept}/{digest}.mp4" for digest in digests}
+        files[".part"] = str(hidden(clip.target, clip.generation_id))
         for place, file in files.items():
             with contextlib.suppress(OSError, InputError):
                 is_it = seen.text(place) == (signature(file) or "gone")
@@ -2129,19 +2146,21 @@ class Ledger:
     def expect(self, clip: Clip, draft: Path) -> None:
         """Write down what is about to be renamed to the target, should that be the last we do. On
         a full disk the video is worth more than the note."""
-        videos = {**clip.record.part("videos").values, self.place(clip): video_digest(draft)}
         with contextlib.suppress(OSError):
-            clip.record.save(videos=videos)
+            clip.record.save(expected=video_digest(draft))
 
     def keep(self, clip: Clip, **changes: Any) -> None:
         """Write down that a take's result lies at the target. A video is as old as the look at what
         it is made of: make is satisfied, and a file that has changed since is newer."""
         record, place = clip.record, self.place(clip)
-        with contextlib.suppress(OSError):  # of another user of the group
-            os.utime(clip.target, (clip.looked, clip.looked) if clip.looked else None)
+        with contextlib.suppress(OSError):
+            try:
+                os.utime(clip.target, (clip.looked, clip.looked) if clip.looked else None)
+            except PermissionError:  # of another user of the group, who may say "now"
+                os.utime(clip.target)
         videos = {**record.part("videos").values, place: video_digest(clip.target)}
         seen = {**record.part("seen").values, place: signature(clip.target)}
-        record.save(videos=videos, seen=seen, **changes)
+        record.save(videos=videos, seen=seen, expected="", **changes)
 
     def is_ours(self, digest: str) -> bool:
         """Whether a file of that digest is the result of any take, of other processes as well."""
@@ -2156,7 +2175,7 @@ class Ledger:
         another take: it may be the only copy. Where it is kept."""
         with contextlib.suppress(FileNotFoundError, InputError):
             digest = video_digest(clip.target)
-            if digest not in clip.record.part("videos").values.values() and self.is_ours(digest):
+            if digest not in clip.digests and self.is_ours(digest):
                 self.kept.mkdir(exist_ok=True)
                 kept = self.kept / f"{digest}.mp4"
                 with self.own(f"kept {digest}", lambda: None):
@@ -2472,17 +2491,22 @@ class Studio:
         where that was refused or is lost."""
         takes = self.takes(clip.key)
         submitted = [take for take in takes if take.text("state") not in ("", NEW)]
-        fine = [take for take in submitted if force or take.text("state") != "refused"]
+        fine = [
+            take for take in submitted
+            if force or not (take.text("state") == "refused" or take.flag("lost"))
+        ]
         record = clip.record = (fine or submitted or takes[:1])[-1]
         clip.past = {take.text("generation_id") for take in takes}
         state = record.text("state")
         forced = force and clip.kind == VIDEO and known in (None, clip.generation_id)
         if state == "intent":
             needs = DOUBT
+        elif force and record.flag("lost"):
+            needs = NEW
         elif state == "submitted":
             age_s = time.time() - (record.number("submitted_at") or 0.0)
             needs = NEW if forced and age_s > FORCE_AFTER_S else FLIGHT
-        elif forced or state in ("", NEW) or (force and record.flag("lost")):
+        elif forced or state in ("", NEW):
             needs = NEW
         elif state == "refused":
             needs = NEW if force or record.flag("transient") else REFUSED
@@ -2530,26 +2554,37 @@ class Studio:
     def check_old(self, clip: Clip) -> None:
         """Raise InputError unless what lies at the target may go: a result of ours, or what is left
         of one. Where the ledger was lost only the download will tell: then it `is_doubtful`."""
-        target, clip.is_doubtful, clip.old = clip.target, False, signature(clip.target)
-        kept = clip.kind == SPEECH and target.parent == self.ledger.speeches
-        size = os.stat(target).st_size if target.exists() else 0
-        if clip.state == DONE or kept or not size:
+        target, clip.is_doubtful, clip.old = clip.target, False, None
+        if clip.state == DONE or (clip.kind == SPEECH and target.parent == self.ledger.speeches):
+            return
+        clip.old = digest_at(target)
+        if not clip.old:
             return
         known, whole = clip.record.part("videos").values, bool(inspect_film(target, clip.kind))
-        if whole and (self.force or self.ledger.is_ours(video_digest(target))):
+        if whole and (self.force or self.ledger.is_ours(clip.old)):
             return
         # Of a video that old the jobs API replays nothing: to submit its key again would pay.
         is_old = self.api.replays and time.time() - os.stat(target).st_mtime > KEPT_S
         clip.is_doubtful = not known and clip.state != NEW and not is_old
         place, seen = self.ledger.place(clip), clip.record.part("seen")
         was = parse_number(seen.text(place).partition(".")[0])
-        cut = (was is None or size < was) and is_film(target)
+        cut = (was is None or os.stat(target).st_size < was) and is_film(target)
         if clip.is_doubtful or (cut and not whole and place in known):
             return
         if clip.state in OPEN and not clip.generation_id and LIST in self.unread:
             text = f"whether {target} is of this clip could not be looked up"
             raise ApiError(f"{text}, and nothing was paid; {LATER}", retryable=True)
         raise InputError(f"{target} {FOREIGN}", retryable=True)
+
+    def check_same(self, clip: Clip, draft: Path) -> None:
+        """Raise InputError where what lies at the target is not what may go, nor the same as what
+        was brought, which stays beside it: it came meanwhile, or the ledger was lost."""
+        there = digest_at(clip.target)
+        strange = clip.is_doubtful or clip.old not in (None, there)
+        if there and strange and there != video_digest(draft):
+            text = f"{clip.target} is not the video that Hedra has of this clip (edited, or of"
+            how = "it is left as it is: move it away or give another --out, and nothing is paid"
+            raise InputError(f"{text} another origin); {how}", retryable=True)
 
     def look_for(self, clips: Sequence[Clip]) -> None:
         """Ask in one go whether Hedra has generations that this ledger does not know of."""
@@ -2768,7 +2803,7 @@ class Studio:
         try:
             self.make(speech)
         except HedraError as error:
-            if self.force and speech.state == FETCH and speech.record.flag("lost"):
+            if self.force and speech.state in (FETCH, FLIGHT) and speech.record.flag("lost"):
                 speech.state = NEW
                 self.speak(clip, speech)
             else:
@@ -2959,7 +2994,8 @@ class Studio:
         first, pause_s = time.monotonic(), 0.25
         with contextlib.suppress(StillRunning):
             while not self.api.replays:
-                if (found := self.api.find(clip)) or time.monotonic() - first >= GRACE_S:
+                is_last = time.monotonic() - first >= GRACE_S
+                if (found := self.api.find(clip, far=is_last)) or is_last:
                     return found
                 self.view.state(clip, "looking", "was the submit carried out?")
                 self.http.sleep(pause_s)
@@ -3024,8 +3060,9 @@ class Studio:
             text = f"Hedra could not make it: {status.failure} [generation {clip.generation_id}]"
             if status.is_of_it and not delivered:
                 clip.record.save(state="refused", reason=text, transient=status.transient)
+            how = "a rerun pays for a new take" if status.transient else "change what it is made of"
             raise GenerationFailed(
-                text, generation_id=clip.generation_id, words=status.failure,
+                f"{text}; {how}", generation_id=clip.generation_id, words=status.failure,
                 retryable=status.transient,
             )
         return status
@@ -3073,7 +3110,7 @@ class Studio:
         delivered = clip.record.text("state") == "done"
         if error.code == "EXPIRED" or (delivered and is_unknown):
             error.add("it is neither at Hedra nor on this disk: --force pays for a new take")
-            clip.record.save(lost=clip.kind == SPEECH)
+            clip.record.save(lost=True)
         elif error.status == 404:
             error.add(LATER)
         return error
@@ -3082,7 +3119,6 @@ class Studio:
         """Bring the result to its place: from this disk if it is there, else from Hedra. A full or
         read-only disk is told as what it is."""
         target = clip.target
-        self.view.state(clip, "downloading", str(target))
         try:
             if kept := self.ledger.spare(clip):
                 self.view.say(f"{target} held another take's video, which is now {kept}")
@@ -3090,7 +3126,7 @@ class Studio:
                 self.download(clip, url)
             self.ledger.keep(clip, state="done", etag="", lost=False)
         except HedraError as error:  # StillRunning is an OSError as well
-            if not self.copy(clip, nearby=True):
+            if isinstance(error, InputError) or not self.copy(clip, nearby=True):
                 raise self.gone(clip, error) from error
             self.ledger.keep(clip)
         except OSError as error:
@@ -3103,11 +3139,11 @@ class Studio:
 
     def copy(self, clip: Clip, *, nearby: bool = False) -> bool:
         """Copy the result from where it lies on this disk: whole and synced, or not at all."""
-        digests = clip.record.part("videos").values.values()
         for _ in range(3):
             if not (there := self.ledger.find(clip, nearby=nearby)):
                 break
-            if there == clip.place or copy_video(there, clip.target, digests):
+            self.check_same(clip, Path(there))
+            if there == clip.place or copy_video(there, clip.target, clip.digests):
                 hidden(clip.target, clip.generation_id).unlink(missing_ok=True)  # its part file
                 return True
         return False
@@ -3117,17 +3153,12 @@ class Studio:
         track, or of another length than the recording.] Where the ledger was lost and something
         lies at the target, that is left as it is and has to be the same; raises InputError."""
         length = None if clip.is_estimate else clip.seconds
+        self.view.state(clip, "downloading", str(clip.target))
 
         def inspect(part: Path) -> Media | None:
-            found, there = inspect_film(part, clip.kind), signature(clip.target)
-            strange = clip.is_doubtful or clip.old not in (None, there)  # it came meanwhile
-            if found and there and strange and video_digest(part) != video_digest(clip.target):
-                part.unlink()
-                text = f"{clip.target} is not the video that Hedra has of this clip (edited, or of"
-                how = "it is left as it is: move it away or give another --out, and nothing is paid"
-                raise InputError(f"{text} another origin); {how}")
-            if found:
+            if found := inspect_film(part, clip.kind):
                 self.ledger.expect(clip, part)
+                self.check_same(clip, part)
             return found
 
         film = Download(self.api, clip, self.view, inspect).run(url, self.interval_s)
@@ -3273,7 +3304,8 @@ def make_speech(
 
 
 def create_asset(name: str, kind: Kind, api_key: str, *, environ: Environ = None) -> str:
-    """Make the record that a file is then uploaded to; its id. Web API (v2). Raises ApiError."""
+    """Make the record that a file is then uploaded to; its id. Web API (v2). Raises ApiError, and
+    InputError with a key of the other API."""
     return connect(api_key, environ).create_asset(name, kind)
 
 
@@ -3352,7 +3384,8 @@ def wait_and_download(
 
 
 def get_balance(api_key: str, *, environ: Environ = None) -> Balance:
-    """What the account can spend, in its unit: credits (v2), US dollars (v3). Raises ApiError."""
+    """What the account can spend, in its unit: credits (v2), US dollars (v3). Raises ApiError,
+    InputError."""
     return connect(api_key, environ).balance()
 
 
@@ -3362,7 +3395,8 @@ def get_credit_balance(api_key: str, *, environ: Environ = None) -> int:
 
 
 def get_voices(api_key: str, *, speech_model: str = "", environ: Environ = None) -> list[Voice]:
-    """Who can speak (v3: with `speech_model`): id, name, labels, preview_url. Raises ApiError."""
+    """Who can speak (v3: with `speech_model`): id, name, labels, preview_url. Raises ApiError,
+    InputError."""
     return connect(api_key, environ).voices(speech_model)
 
 
@@ -3924,14 +3958,15 @@ class Watcher:
         with self.lock:
             outage = self.outage
             if error and getattr(error, "is_of_all", False):
-                if not outage.why:
+                sign = f"{type(error).__name__} {getattr(error, 'status', None)}"
+                if outage.sign != sign:  # it begins, or for another reason goes on
                     self.view.say(f"{clip.name}: {explain(error)}", always=True)
                     if self.args.json:
                         self.view.result(json.dumps(outcome(clip, self.studio.api.unit)))
                     self.view.say("waiting until that is over; clips that come meanwhile are kept")
                 if time.monotonic() >= outage.due:  # else another clip has met it just now
                     outage.later()
-                outage.why, wait.due = explain(error), outage.due
+                outage.why, outage.sign, wait.due = explain(error), sign, outage.due
                 outage.begun = max(outage.begun, wait.begun)
                 return True
             # Hedra has answered a clip that was not at work before it.
@@ -4283,7 +4318,8 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
         command = Command(args, environ, view)
         status = supervise(COMMANDS[args.command][0], command)
         if view.deaf:
-            raise HedraError("standard output took no more; what was made is in its place")
+            made = "; what was made is in its place" * ("timeout" in args)
+            raise HedraError(f"standard output took no more{made}")
         return status
     except KeyboardInterrupt as interrupt:
         signum = int(interrupt.args[0]) if interrupt.args else 2
