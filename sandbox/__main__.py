@@ -128,8 +128,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     server = commands.add_parser("serve", help="answer on loopback until Ctrl-C (the default)")
     server.add_argument("--port", type=int, metavar="N", default=8321, help="by default 8321")
-    server.add_argument("--render-seconds", type=float, metavar="S", default=3.0)
-    server.add_argument("--rate", type=rate, metavar="N/S", help="requests per seconds")
+    server.add_argument(
+        "--render-seconds", type=float, metavar="S", default=3.0, help="of each clip, by default 3"
+    )
+    server.add_argument("--rate", type=rate, metavar="N/S", help="N requests in S seconds (60/60)")
     server.add_argument("--concurrency", type=int, metavar="N", help="generations at once")
     server.set_defaults(run=cmd_serve)
     files = commands.add_parser("sample", help="write friend.png and hello.wav")
