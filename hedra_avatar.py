@@ -570,10 +570,13 @@ def video_digest(file: Path) -> str:
 
 
 def digest_at(file: Path) -> str:
-    """The digest of what lies at a target, "" where that is nothing."""
-    with contextlib.suppress(OSError, InputError):
+    """The digest of what lies at a target: "" for nothing, "?" for what cannot be read."""
+    try:
         return video_digest(file) if os.stat(file).st_size else ""
-    return ""
+    except FileNotFoundError:
+        return ""
+    except (OSError, InputError):
+        return "?"
 
 
 # ---- replies: Reply, parse_status, parse_model, parse_price, parse_error, Record, Clip ----------
@@ -2135,7 +2138,7 @@ class Ledger:
         for folder in {os.path.dirname(file) for file in files.values()} if nearby else ():
             files |= {str(file): str(file) for file in Path(folder).glob("*.mp4")}
         files |= {digest: f"{self.kept}/{digest}.mp4" for digest in digests}
-        files[".part"] = str(hidden(clip.target, clip.generation_id))
+        files |= {draft: draft for draft in self.drafts(clip)}
         for place, file in files.items():
             with contextlib.suppress(OSError, InputError):
                 is_it = seen.text(place) == (signature(file) or "gone")
@@ -2143,11 +2146,16 @@ class Ledger:
                     return file
         return ""
 
+    def drafts(self, clip: Clip) -> list[str]:
+        """Where a take's result may lie that was brought and has not got its name."""
+        known, here = clip.record.text("draft"), hidden(clip.target, clip.generation_id)
+        return [known, str(here)] if known else [str(here)]
+
     def expect(self, clip: Clip, draft: Path) -> None:
         """Write down what is about to be renamed to the target, should that be the last we do. On
         a full disk the video is worth more than the note."""
         with contextlib.suppress(OSError):
-            clip.record.save(expected=video_digest(draft))
+            clip.record.save(expected=video_digest(draft), draft=os.path.abspath(draft))
 
     def keep(self, clip: Clip, **changes: Any) -> None:
         """Write down that a take's result lies at the target. A video is as old as the look at what
@@ -2314,8 +2322,8 @@ def plain_name(name: str) -> str:
 LIST = "the list of generations"
 FOREIGN = (  # what is at a target and not for us to replace
     "exists and is no video that Hedra made for this folder (edited, or of another origin): it is "
-    "left as it is, and nothing was paid; move it away or give another --out (--force makes, and "
-    "pays, a new take in place of a video)"
+    "left as it is, and this run paid nothing; move it away or give another --out (--force makes, "
+    "and pays, a new take in place of a video)"
 )
 
 
@@ -2492,8 +2500,8 @@ class Studio:
         takes = self.takes(clip.key)
         submitted = [take for take in takes if take.text("state") not in ("", NEW)]
         fine = [
-            take for take in submitted
-            if force or not (take.text("state") == "refused" or take.flag("lost"))
+            take for take in submitted if force or take.text("state") != "refused"
+            and not (take.text("state") == "submitted" and take.flag("expired"))
         ]
         record = clip.record = (fine or submitted or takes[:1])[-1]
         clip.past = {take.text("generation_id") for take in takes}
@@ -2501,7 +2509,7 @@ class Studio:
         forced = force and clip.kind == VIDEO and known in (None, clip.generation_id)
         if state == "intent":
             needs = DOUBT
-        elif force and record.flag("lost"):
+        elif force and record.flag("lost") and not self.ledger.find(clip):
             needs = NEW
         elif state == "submitted":
             age_s = time.time() - (record.number("submitted_at") or 0.0)
@@ -2582,7 +2590,7 @@ class Studio:
         there = digest_at(clip.target)
         strange = clip.is_doubtful or clip.old not in (None, there)
         if there and strange and there != video_digest(draft):
-            text = f"{clip.target} is not the video that Hedra has of this clip (edited, or of"
+            text = f"{clip.target} is not the {clip.kind} that Hedra has of it (edited, or of"
             how = "it is left as it is: move it away or give another --out, and nothing is paid"
             raise InputError(f"{text} another origin); {how}", retryable=True)
 
@@ -3060,7 +3068,9 @@ class Studio:
             text = f"Hedra could not make it: {status.failure} [generation {clip.generation_id}]"
             if status.is_of_it and not delivered:
                 clip.record.save(state="refused", reason=text, transient=status.transient)
-            how = "a rerun pays for a new take" if status.transient else "change what it is made of"
+            how = "change what it is made of"
+            if status.transient:
+                how = "run the same command again for a new take"
             raise GenerationFailed(
                 f"{text}; {how}", generation_id=clip.generation_id, words=status.failure,
                 retryable=status.transient,
@@ -3110,7 +3120,7 @@ class Studio:
         delivered = clip.record.text("state") == "done"
         if error.code == "EXPIRED" or (delivered and is_unknown):
             error.add("it is neither at Hedra nor on this disk: --force pays for a new take")
-            clip.record.save(lost=True)
+            clip.record.save(lost=clip.kind == SPEECH, expired=not delivered)
         elif error.status == 404:
             error.add(LATER)
         return error
@@ -3144,7 +3154,8 @@ class Studio:
                 break
             self.check_same(clip, Path(there))
             if there == clip.place or copy_video(there, clip.target, clip.digests):
-                hidden(clip.target, clip.generation_id).unlink(missing_ok=True)  # its part file
+                for draft in self.ledger.drafts(clip):
+                    Path(draft).unlink(missing_ok=True)
                 return True
         return False
 
