@@ -475,7 +475,7 @@ def iter_boxes(stream: IO[bytes], at: int, end: int) -> Iterator[tuple[bytes, in
 def read_film(stream: IO[bytes], kind: str = VIDEO) -> Media | None:
     """What an MP4 holds, None where its `ftyp`, `moov` and `mdat` are not all whole. Of a recording
     what is no box is left to Hedra; one that has neither sound nor index has no end of its own."""
-    names, seconds, sound = set[bytes](), 0.0, False
+    names, seconds, tracks = set[bytes](), 0.0, set[bytes]()
     size = os.fstat(stream.fileno()).st_size
     for name, stop, data in iter_boxes(stream, 0, size):
         is_cut = stop > size and (kind == VIDEO or name in (b"moov", b"mdat", b"moof", b"free"))
@@ -487,11 +487,13 @@ def read_film(stream: IO[bytes], kind: str = VIDEO) -> Media | None:
             scale = int.from_bytes(data[at : at + 4], "big")
             length = int.from_bytes(data[at + 4 : at + 4 + width], "big")
             seconds = length / scale if scale else 0.0
-        sound = sound or (name == b"hdlr" and data[8:12] == b"soun")
+        tracks |= {data[8:12]} if name == b"hdlr" else set()
     there = len(names & {b"moov", b"mdat"})
     if there == 1 or (there == 0 and kind == VIDEO):
         return None
-    return Media("video/mp4", size, seconds, has_sound=sound or not there)
+    # Of a recording that names no track nobody here can tell.
+    sound = b"soun" in tracks or (kind != VIDEO and not tracks)
+    return Media("video/mp4", size, seconds, has_sound=sound)
 
 
 def inspect_open(stream: IO[bytes], file: Path, kind: Kind) -> Media:
@@ -1597,7 +1599,7 @@ class WebApi:
         for row in self.iter_rows(type="text_to_speech" if speech else "video", **query):
             made = row.part("input")
             said = made.text("text") == clip.prompt and made.text("voice_id") == clip.voice
-            said &= row.text("id") not in clip.past
+            said &= row.text("id") not in {*clip.past} - {clip.generation_id}
             said &= not clip.model.slug or made.text("model_slug") == clip.model.slug
             if said if speech else clip.record.text("audio") in made.texts("audio_id"):
                 return row.text("id")
@@ -3049,7 +3051,7 @@ class Studio:
     def await_end(self, clip: Clip) -> Status:
         """Wait for the end; a generation that is not known leads back to what was reserved. Raises
         GenerationFailed, StillRunning."""
-        delivered = clip.record.text("state") == "done"
+        delivered, found = clip.record.text("state") == "done", ""
         for again in (False, True):
             try:
                 status = self.watch(clip, GRACE_S if again and not delivered else 0.0)
@@ -3057,9 +3059,8 @@ class Studio:
             except ApiError as error:
                 # 400 and 422 are of an id that could be none of Hedra's.
                 if error.status not in (400, 404, 422) or error.ambiguous or again:
-                    raise self.gone(clip, error) from error
-                if clip.reserved:
-                    self.trace(clip)
+                    raise self.gone(clip, error, found) from error
+                found = self.trace(clip) if clip.reserved else ""
         clip.billed = status.cost
         if status.cost is not None:
             with contextlib.suppress(OSError):
@@ -3095,10 +3096,10 @@ class Studio:
         finally:
             http.waiting.discard(name)
 
-    def trace(self, clip: Clip) -> None:
+    def trace(self, clip: Clip) -> str:
         """Hedra does not know the id that it answered the submit with, or not yet: find the one
-        that the reserved id or key leads to. The id of what was delivered was right: its key, if
-        Hedra has forgotten that as well, would pay again."""
+        that the reserved id or key leads to, "" for none. The id of what was delivered was right:
+        its key, if Hedra has forgotten that as well, would pay again."""
         take, at, found = clip.record, clip.record.number("submitted_at") or 0.0, ""
         delivered = take.text("state") == "done"
         if not self.api.replays:
@@ -3111,14 +3112,16 @@ class Studio:
                 take.save(state="submitted", submitted_at=at)
         if found and found != clip.generation_id:
             take.save(sync=True, generation_id=found)
+        return found
 
-    def gone(self, clip: Clip, error: HedraError) -> HedraError:
-        """An error about a generation, with what to do where Hedra no longer has it."""
+    def gone(self, clip: Clip, error: HedraError, found: str = "") -> HedraError:
+        """An error about a generation, with what to do where Hedra no longer has it; but where it
+        was `found` in the list it is there."""
         if not clip.key:
             return error
         is_unknown = error.status == 404 and not error.ambiguous  # a gateway's page says nothing
         delivered = clip.record.text("state") == "done"
-        if error.code == "EXPIRED" or (delivered and is_unknown):
+        if error.code == "EXPIRED" or (delivered and is_unknown and not found):
             error.add("it is neither at Hedra nor on this disk: --force pays for a new take")
             clip.record.save(lost=clip.kind == SPEECH, expired=not delivered)
         elif error.status == 404:
