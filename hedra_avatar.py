@@ -314,6 +314,7 @@ LIMITS = {
     "audio": (104_857_600, "a WAV, MP3, M4A, FLAC, Ogg or AIFF recording"),
 }
 MIN_SECONDS, MAX_SECONDS = 0.5, 600
+TOO_EARLY = "it ends too early; copy or export it again"
 SIGNATURES = {  # of the first bytes
     "image/png": rb"\x89PNG\r\n\x1a\n", "image/jpeg": rb"\xff\xd8\xff",
     "image/webp": rb"RIFF....WEBP", "audio/wav": rb"(RIFF|RF64|BW64)....WAVE",
@@ -392,7 +393,7 @@ def wav_seconds(stream: IO[bytes], size: int) -> float | None:
         piped = " (to a file, not to a pipe)" if promised > LIMITS["audio"][0] else ""
         raise InputError(f"{text}; export or copy it again{piped}", unfinished=True)
     if size < outer < 0xFFFF_0000:  # chunks behind the sound; from a pipe it has no length
-        raise InputError("it ends too early; copy or export it again", unfinished=True)
+        raise InputError(TOO_EARLY, unfinished=True)
     if form not in (0, 1, 3, 6, 7, 0xFFFE):  # none told, integer, float, A-law, mu-law, any
         return None
     if not rate:
@@ -508,7 +509,7 @@ def inspect_open(stream: IO[bytes], file: Path, kind: Kind) -> Media:
         raise InputError(f"it has {size:,} bytes; Hedra takes at most {limit:,}")
     film = read_film(stream, kind) if content_type == "audio/mp4" else Media()
     if not film or not is_whole(data, content_type, size):
-        raise InputError("it ends too early; copy or export it again", unfinished=True)
+        raise InputError(TOO_EARLY, unfinished=True)
     if not film.has_sound:
         raise InputError("it has no sound track: give a recording that can be heard")
     if kind == "image":
@@ -516,7 +517,7 @@ def inspect_open(stream: IO[bytes], file: Path, kind: Kind) -> Media:
     seconds = wav_seconds(stream, size) if content_type == "audio/wav" else None
     seconds = seconds or probed_seconds(file)
     if content_type == "audio/ogg" and seconds and not ends_in_page(stream, size):
-        raise InputError("it ends too early; copy or export it again", unfinished=True)
+        raise InputError(TOO_EARLY, unfinished=True)
     return Media(content_type, size, seconds)
 
 
@@ -2150,8 +2151,8 @@ class Ledger:
 
     def drafts(self, clip: Clip) -> list[str]:
         """Where a take's result may lie that was brought and has not got its name."""
-        known, here = clip.record.text("draft"), hidden(clip.target, clip.generation_id)
-        return [known, str(here)] if known else [str(here)]
+        here = str(hidden(clip.target, clip.generation_id))
+        return [clip.record.text("draft") or here, here]
 
     def expect(self, clip: Clip, draft: Path) -> None:
         """Write down what is about to be renamed to the target, should that be the last we do. On
@@ -2170,7 +2171,7 @@ class Ledger:
                 os.utime(clip.target)
         videos = {**record.part("videos").values, place: video_digest(clip.target)}
         seen = {**record.part("seen").values, place: signature(clip.target)}
-        record.save(videos=videos, seen=seen, expected="", **changes)
+        record.save(videos=videos, seen=seen, expected="", draft="", **changes)
 
     def is_ours(self, digest: str) -> bool:
         """Whether a file of that digest is the result of any take, of other processes as well."""
