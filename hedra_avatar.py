@@ -572,16 +572,6 @@ def video_digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-def digest_at(file: Path) -> str:
-    """The digest of what lies at a target: "" for nothing, "?" for what cannot be read."""
-    try:
-        return video_digest(file) if os.stat(file).st_size else ""
-    except FileNotFoundError:
-        return ""
-    except (OSError, InputError):
-        return "?"
-
-
 # ---- replies: Reply, parse_status, parse_model, parse_price, parse_error, Record, Clip ----------
 
 QUEUED, PROCESSING, FINALIZING = "queued", "processing", "finalizing"
@@ -931,8 +921,7 @@ class Clip:
     price: float | None = None
     billed: float | None = None
     error: Exception | None = None
-    paid, is_doubtful, warning, spent_s = False, False, "", 0.0
-    old: str | None = None  # the digest of what lay at the target, and may go
+    paid, warning, spent_s = False, "", 0.0
     shown = note = ""  # in its line of the View; `share` is how far it is in its state, 0..1
     share: float | None = None
     sending = 0  # bytes, of the files that are going up
@@ -959,9 +948,9 @@ class Clip:
 
     @property
     def digests(self) -> set[str]:
-        """Of its take's results: where they came to, or were about to."""
+        """Of its take's results, wherever they came to."""
         videos = self.record.part("videos")
-        return {*map(videos.text, videos.values), self.record.text("expected")} - {""}
+        return {*map(videos.text, videos.values)} - {""}
 
     @property
     def seconds(self) -> float | None:
@@ -2008,24 +1997,11 @@ def open_view(quiet: bool = False, verbose: bool = False) -> View:
     return View() if quiet else View("terminal" if moves else "log", verbose)
 
 
-# ---- ledger: hidden, copy_video, Ledger ---------------------------------------------------------
+# ---- ledger: hidden, Ledger ---------------------------------------------------------------------
 
 def hidden(target: Path, of: str = "") -> Path:
     """A hidden file beside a target, with a name that is short however long the target's is."""
     return target.with_name(f".{digest_of(target.name, of)[:16]}.part")
-
-
-def copy_video(source: Path | str, target: Path, digests: Collection[str]) -> bool:
-    """Copy a video to a place that is ours, whole and synced, or not at all; whether it is one of
-    those: by then another may have come to where it lay."""
-    part = hidden(target, "copy")
-    try:
-        shutil.copyfile(source, part)
-        if is_it := video_digest(part) in digests:
-            publish(part, target)
-        return is_it
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @functools.cache
@@ -2141,7 +2117,7 @@ class Ledger:
         for folder in {os.path.dirname(file) for file in files.values()} if nearby else ():
             files |= {str(file): str(file) for file in Path(folder).glob("*.mp4")}
         files |= {digest: f"{self.kept}/{digest}.mp4" for digest in digests}
-        files |= {draft: draft for draft in self.drafts(clip)}
+        files[""] = str(hidden(clip.target, clip.generation_id))  # it came, and got no name
         for place, file in files.items():
             with contextlib.suppress(OSError, InputError):
                 is_it = seen.text(place) == (signature(file) or "gone")
@@ -2149,16 +2125,14 @@ class Ledger:
                     return file
         return ""
 
-    def drafts(self, clip: Clip) -> list[str]:
-        """Where a take's result may lie that was brought and has not got its name."""
-        here = str(hidden(clip.target, clip.generation_id))
-        return [clip.record.text("draft") or here, here]
-
-    def expect(self, clip: Clip, draft: Path) -> None:
-        """Write down what is about to be renamed to the target, should that be the last we do. On
-        a full disk the video is worth more than the note."""
+    def put(self, clip: Clip, draft: Path) -> None:
+        """Rename what was brought to the target. What it is is written down first, should that be
+        the last we do; on a full disk the video is worth more than the note."""
+        videos = {**clip.record.part("videos").values, self.place(clip): video_digest(draft)}
         with contextlib.suppress(OSError):
-            clip.record.save(expected=video_digest(draft), draft=os.path.abspath(draft))
+            clip.record.save(videos=videos)
+        self.spare(clip)
+        publish(draft, clip.target)
 
     def keep(self, clip: Clip, **changes: Any) -> None:
         """Write down that a take's result lies at the target. A video is as old as the look at what
@@ -2171,7 +2145,7 @@ class Ledger:
                 os.utime(clip.target)
         videos = {**record.part("videos").values, place: video_digest(clip.target)}
         seen = {**record.part("seen").values, place: signature(clip.target)}
-        record.save(videos=videos, seen=seen, expected="", draft="", **changes)
+        record.save(videos=videos, seen=seen, **changes)
 
     def is_ours(self, digest: str) -> bool:
         """Whether a file of that digest is the result of any take, of other processes as well."""
@@ -2181,18 +2155,18 @@ class Ledger:
             self.digests = {digest.decode() for digest in found}
         return digest in self.digests
 
-    def spare(self, clip: Clip) -> Path | None:
-        """Keep what lies at a target, and is about to be replaced, where it is the result of
-        another take: it may be the only copy. Where it is kept."""
-        with contextlib.suppress(FileNotFoundError, InputError):
-            digest = video_digest(clip.target)
-            if digest not in clip.digests and self.is_ours(digest):
-                self.kept.mkdir(exist_ok=True)
-                kept = self.kept / f"{digest}.mp4"
-                with self.own(f"kept {digest}", lambda: None):
-                    copy_video(clip.target, kept, {digest})
-                return kept
-        return None
+    def spare(self, clip: Clip) -> None:
+        """Keep what lies at a target and gives its place to a result: it may be the only copy."""
+        if not clip.target.exists() or video_digest(clip.target) in clip.digests:
+            return
+        part = hidden(self.kept / "x", clip.place)  # the owner of the target alone writes it
+        try:
+            self.kept.mkdir(exist_ok=True)
+            shutil.copyfile(clip.target, part)
+            publish(part, kept := self.kept / f"{video_digest(part)}.mp4")
+        finally:
+            part.unlink(missing_ok=True)
+        self.say(f"{clip.target} held another video, which is now {kept}")
 
     def clips(self) -> list[str]:
         """The keys of the records of all takes."""
@@ -2205,14 +2179,11 @@ class Ledger:
 # ---- downloading: Download ----------------------------------------------------------------------
 
 class Download:
-    """Brings what was made for a clip to its target, whole and synced, or not at all. It grows in
-    a hidden file for the owner of the target alone; the ETag that it began with is in the record
-    of the take. `inspect` says what a file is, None where it is not whole."""
+    """Brings what was made for a clip, whole or not at all. It grows in a hidden file beside the
+    target, for its owner alone; the ETag that it began with is in the record of the take."""
 
-    def __init__(
-        self, api: Api, clip: Clip, view: View, inspect: Callable[[Path], Media | None]
-    ) -> None:
-        self.api, self.http, self.clip, self.view, self.inspect = api, api.http, clip, view, inspect
+    def __init__(self, api: Api, clip: Clip, view: View) -> None:
+        self.api, self.http, self.clip, self.view = api, api.http, clip, view
         self.path = hidden(clip.target, clip.generation_id)
 
     def run(self, url: str, interval_s: float) -> Media:
@@ -2222,9 +2193,7 @@ class Download:
         with self.path.open("ab") as self.file:
             while True:
                 try:
-                    found = self.fetch(url or self.fresh_address(interval_s))
-                    publish(self.path, self.clip.target)
-                    return found
+                    return self.fetch(url or self.fresh_address(interval_s))
                 except ApiError as error:
                     failures = 1 if self.file.tell() > furthest + PROGRESS_BYTES else failures + 1
                     furthest = max(furthest, self.file.tell())
@@ -2290,7 +2259,7 @@ class Download:
                 raise StillRunning(f"{size:,} bytes came in the time given and are kept; {LATER}")
 
     def fetch(self, url: str) -> Media:
-        """One request for what is lacking; what `inspect` found in the whole. Raises ApiError."""
+        """One request for what is lacking; what the whole is. Raises ApiError."""
         if not (etag := self.clip.record.text("etag")):  # nothing would tell that the rest fits
             self.restart()
         size = self.file.tell()
@@ -2306,7 +2275,7 @@ class Download:
         if (size := self.file.tell()) < total:
             raise ApiError(f"the download was cut at {size:,} bytes; {LATER}", retryable=True)
         self.file.flush()
-        if size == (total or size) and (found := self.inspect(self.path)):
+        if size == (total or size) and (found := inspect_film(self.path, self.clip.kind)):
             return found
         self.restart()
         text = f"what came are {size:,} bytes and not a whole file; it is paid for and not lost"
@@ -2475,24 +2444,12 @@ class Studio:
         listed = ", ".join(called[name] for name in near) or "none"
         raise InputError(f"there is no voice {asked!r}; nearest: {listed} (`voices` lists all)")
 
-    @functools.cached_property
-    def names(self) -> dict[str, list[str]]:
-        """The names of the takes that lie on the disk, by clip: a first record that is damaged or
-        lost does not lose the others."""
-        found = dict[str, list[str]]()
-        for key, _, name in (key.partition(".") for key in self.ledger.clips()):
-            found.setdefault(key, []).extend([name] * bool(name))
-        return found
-
     def takes(self, key: str) -> list[Record]:
         """The records of all takes of a clip, oldest first: the first one names the others."""
         first = self.ledger.load("clips", key)
-        names = dict.fromkeys([*first.texts("takes"), *self.names.get(key, ())])
-        takes = [self.ledger.load("clips", f"{key}.{name}") for name in names]
-        for take, name in zip(takes, names, strict=True):
+        takes = [self.ledger.load("clips", f"{key}.{name}") for name in first.texts("takes")]
+        for take, name in zip(takes, first.texts("takes"), strict=True):
             take.values.setdefault("take", name)
-        if len(names) > len(first.texts("takes")):
-            takes.sort(key=lambda take: take.number("submitted_at") or math.inf)
         return [first, *takes]
 
     def judge(self, clip: Clip, *, force: bool = False, known: str | None = None) -> str:
@@ -2504,7 +2461,7 @@ class Studio:
         submitted = [take for take in takes if take.text("state") not in ("", NEW)]
         fine = [
             take for take in submitted if force or take.text("state") != "refused"
-            and not (take.text("state") == "submitted" and take.flag("expired"))
+            and not (take.text("state") == "submitted" and take.flag("lost"))
         ]
         record = clip.record = (fine or submitted or takes[:1])[-1]
         clip.past = {take.text("generation_id") for take in takes}
@@ -2563,39 +2520,23 @@ class Studio:
             raise InputError(f"{text}; choose another place for it") from error
 
     def check_old(self, clip: Clip) -> None:
-        """Raise InputError unless what lies at the target may go: a result of ours, or what is left
-        of one. Where the ledger was lost only the download will tell: then it `is_doubtful`."""
-        target, clip.is_doubtful, clip.old = clip.target, False, None
-        if clip.state == DONE or (clip.kind == SPEECH and target.parent == self.ledger.speeches):
-            return
-        clip.old = digest_at(target)
-        if not clip.old:
-            return
-        known, whole = clip.record.part("videos").values, bool(inspect_film(target, clip.kind))
-        if whole and (self.force or self.ledger.is_ours(clip.old)):
+        """Raise InputError for a video at the target that the ledger does not know: nothing is
+        paid, nor fetched again, in place of it. Where the ledger was lost and Hedra may have the
+        clip, that is fetched, and what lies there is kept."""
+        target, is_speech = clip.target, clip.target.parent == self.ledger.speeches
+        if self.force or is_speech or not (target.exists() and (stat := target.stat()).st_size):
             return
         # Of a video that old the jobs API replays nothing: to submit its key again would pay.
-        is_old = self.api.replays and time.time() - os.stat(target).st_mtime > KEPT_S
-        clip.is_doubtful = not known and clip.state != NEW and not is_old
-        place, seen = self.ledger.place(clip), clip.record.part("seen")
-        was = parse_number(seen.text(place).partition(".")[0])
-        cut = (was is None or os.stat(target).st_size < was) and is_film(target)
-        if clip.is_doubtful or (cut and not whole and place in known):
+        is_lapsed = self.api.replays and time.time() - stat.st_mtime > KEPT_S
+        is_new = clip.state == NEW or (clip.state == DOUBT and is_lapsed)
+        is_edited = clip.record.part("videos").values and inspect_film(target, clip.kind)
+        if clip.state == DONE or not (is_new or is_edited):
             return
-        if clip.state in OPEN and not clip.generation_id and LIST in self.unread:
-            text = f"whether {target} is of this clip could not be looked up"
-            raise ApiError(f"{text}, and nothing was paid; {LATER}", retryable=True)
-        raise InputError(f"{target} {FOREIGN}", retryable=True)
-
-    def check_same(self, clip: Clip, draft: Path) -> None:
-        """Raise InputError where what lies at the target is not what may go, nor the same as what
-        was brought, which stays beside it: it came meanwhile, or the ledger was lost."""
-        there = digest_at(clip.target)
-        strange = clip.is_doubtful or clip.old not in (None, there)
-        if there and strange and there != video_digest(draft):
-            text = f"{clip.target} is not the {clip.kind} that Hedra has of it (edited, or of"
-            how = "it is left as it is: move it away or give another --out, and nothing is paid"
-            raise InputError(f"{text} another origin); {how}", retryable=True)
+        if not self.ledger.is_ours(video_digest(target)):
+            if is_new and not clip.generation_id and LIST in self.unread:
+                text = f"whether {target} is of this clip could not be looked up"
+                raise ApiError(f"{text}, and nothing was paid; {LATER}", retryable=True)
+            raise InputError(f"{target} {FOREIGN}", retryable=True)
 
     def look_for(self, clips: Sequence[Clip]) -> None:
         """Ask in one go whether Hedra has generations that this ledger does not know of."""
@@ -3033,19 +2974,32 @@ class Studio:
     # -- collect: wait for a generation and fetch what it made
 
     def collect(self, clip: Clip) -> None:
-        """Wait for the generation and fetch its result. What goes wrong here loses nothing."""
-        url = ""
+        """Bring the result to its place: from this disk if it is there, as what was delivered may
+        be no longer at Hedra, else at the end of the generation. What goes wrong here loses
+        nothing; a full or read-only disk is told as what it is."""
         if not clip.paid:
             detail = f"generation {clip.generation_id}, already paid"
             self.view.state(clip, "found", detail, note="already paid")
-        # What was delivered, and is not on this disk, may have lost its id.
-        if not self.ledger.find(clip, nearby=True):
-            with clip.timed("waiting"):
-                url = self.await_end(clip).url
+        try:
+            if not self.copy(clip):
+                self.bring(clip)
+            self.ledger.keep(clip, state="done", etag="", lost=False)
+        except HedraError:  # StillRunning is an OSError as well
+            raise
+        except OSError as error:
+            text = f"{error.filename or clip.target} cannot be written: {error.strerror}"
+            where = f"it is paid for and safe at Hedra [generation {clip.generation_id}]"
+            how = "make room and run the same command again"
+            raise HedraError(f"{text}; {where}: {how}") from error
+
+    def bring(self, clip: Clip) -> None:
+        """Wait for the generation, and download what it made."""
+        with clip.timed("waiting"):
+            url = self.await_end(clip).url
         alone = [clip] if self.deadline < math.inf and clip.kind == VIDEO else []
         with clip.timed("downloading"):
             self.http.together(
-                functools.partial(self.fetch, clip, url),
+                functools.partial(self.download, clip, url),
                 functools.partial(self.settle, alone, owned=True),
             )
 
@@ -3124,64 +3078,43 @@ class Studio:
         delivered = clip.record.text("state") == "done"
         if error.code == "EXPIRED" or (delivered and is_unknown and not found):
             error.add("it is neither at Hedra nor on this disk: --force pays for a new take")
-            clip.record.save(lost=clip.kind == SPEECH, expired=not delivered)
+            clip.record.save(lost=True)
         elif error.status == 404:
             error.add(LATER)
         return error
 
-    def fetch(self, clip: Clip, url: str) -> None:
-        """Bring the result to its place: from this disk if it is there, else from Hedra. A full or
-        read-only disk is told as what it is."""
-        target = clip.target
-        try:
-            if kept := self.ledger.spare(clip):
-                self.view.say(f"{target} held another take's video, which is now {kept}")
-            if not self.copy(clip):
-                self.download(clip, url)
-            self.ledger.keep(clip, state="done", etag="", lost=False)
-        except HedraError as error:  # StillRunning is an OSError as well
-            if isinstance(error, InputError) or not self.copy(clip, nearby=True):
-                raise self.gone(clip, error) from error
-            self.ledger.keep(clip)
-        except OSError as error:
-            text = f"{error.filename or target} cannot be written: {error.strerror}"
-            where = f"it is paid for and safe at Hedra [generation {clip.generation_id}]"
-            how = "make room and run the same command again"
-            raise HedraError(f"{text}; {where}: {how}") from error
-        if clip.warning:
-            self.view.say(f"warning: {clip.name}: {clip.warning}")
-
-    def copy(self, clip: Clip, *, nearby: bool = False) -> bool:
-        """Copy the result from where it lies on this disk: whole and synced, or not at all."""
-        for _ in range(3):
-            if not (there := self.ledger.find(clip, nearby=nearby)):
-                break
-            self.check_same(clip, Path(there))
-            if there == clip.place or copy_video(there, clip.target, clip.digests):
-                for draft in self.ledger.drafts(clip):
-                    Path(draft).unlink(missing_ok=True)
+    def copy(self, clip: Clip) -> bool:
+        """Take the result from where it lies on this disk, if it does."""
+        for _ in range(3):  # by the time of the copy another may have come to where it lay
+            if (there := self.ledger.find(clip, nearby=True)) in ("", clip.place):
+                return bool(there)
+            part = hidden(clip.target, clip.generation_id)
+            if there != str(part):
+                shutil.copyfile(there, part)
+            if video_digest(part) in clip.digests:
+                self.ledger.put(clip, part)
                 return True
         return False
 
     def download(self, clip: Clip, url: str) -> None:
         """Download the result, and say what is odd about it. [Videos have come without a sound
-        track, or of another length than the recording.] Where the ledger was lost and something
-        lies at the target, that is left as it is and has to be the same; raises InputError."""
-        length = None if clip.is_estimate else clip.seconds
+        track, or of another length than the recording.]"""
         self.view.state(clip, "downloading", str(clip.target))
-
-        def inspect(part: Path) -> Media | None:
-            if found := inspect_film(part, clip.kind):
-                self.ledger.expect(clip, part)
-                self.check_same(clip, part)
-            return found
-
-        film = Download(self.api, clip, self.view, inspect).run(url, self.interval_s)
+        download, length = Download(self.api, clip, self.view), clip.seconds
+        try:
+            film = download.run(url, self.interval_s)
+        except HedraError as error:
+            raise self.gone(clip, error) from error
+        self.ledger.put(clip, download.path)
         if not film.has_sound:
             clip.warning = "the video has no sound track; it is kept"
-        elif length and film.seconds and abs(film.seconds - length) > 1 + 0.05 * length:
+        elif not length or not film.seconds or clip.is_estimate:
+            return
+        elif abs(film.seconds - length) > 1 + 0.05 * length:
             both = f"{film.seconds:.1f} s, its recording {length:.1f} s"
             clip.warning = f"the video lasts {both}; it is kept"
+        if clip.warning:
+            self.view.say(f"warning: {clip.name}: {clip.warning}")
 
     # -- settle: what Hedra says that it cost
 
