@@ -362,6 +362,11 @@ def signature(file: Path | str) -> str:
     return f"{stat.st_size}.{stat.st_mtime_ns}.{stat.st_ctime_ns}.{stat.st_ino}"
 
 
+def size_of(file: Path) -> int:
+    """Its bytes, 0 where there is none."""
+    return file.stat().st_size if file.exists() else 0
+
+
 def sniff(head: bytes, kind: str) -> str:
     """The content type that a file's first bytes show, "" where it is not of that kind."""
     found = (name for name, mark in SIGNATURES.items() if re.match(mark, head, re.DOTALL))
@@ -2157,7 +2162,7 @@ class Ledger:
 
     def spare(self, clip: Clip) -> None:
         """Keep what lies at a target and gives its place to a result: it may be the only copy."""
-        if not clip.target.exists() or video_digest(clip.target) in clip.digests:
+        if not size_of(clip.target) or video_digest(clip.target) in clip.digests:
             return
         part = hidden(self.kept / "x", clip.place)  # the owner of the target alone writes it
         try:
@@ -2166,7 +2171,7 @@ class Ledger:
             publish(part, kept := self.kept / f"{video_digest(part)}.mp4")
         finally:
             part.unlink(missing_ok=True)
-        self.say(f"{clip.target} held another video, which is now {kept}")
+        self.say(f"{clip.target} held something else, which is now {kept}")
 
     def clips(self) -> list[str]:
         """The keys of the records of all takes."""
@@ -2524,10 +2529,10 @@ class Studio:
         paid, nor fetched again, in place of it. Where the ledger was lost and Hedra may have the
         clip, that is fetched, and what lies there is kept."""
         target, is_speech = clip.target, clip.target.parent == self.ledger.speeches
-        if self.force or is_speech or not (target.exists() and (stat := target.stat()).st_size):
+        if self.force or is_speech or not size_of(target):
             return
         # Of a video that old the jobs API replays nothing: to submit its key again would pay.
-        is_lapsed = self.api.replays and time.time() - stat.st_mtime > KEPT_S
+        is_lapsed = self.api.replays and time.time() - target.stat().st_mtime > KEPT_S
         is_new = clip.state == NEW or (clip.state == DOUBT and is_lapsed)
         is_edited = clip.record.part("videos").values and inspect_film(target, clip.kind)
         if clip.state == DONE or not (is_new or is_edited):

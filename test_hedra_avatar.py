@@ -1670,6 +1670,7 @@ def test_whatever_happens_to_what_was_made_it_is_not_paid_again(world, what):
     assert (told.out, "--force" in told.err) == ("output/hello.mp4\n", False)
     world.check_paid()
     assert "record" not in what or "damaged" in told.err
+    assert Path(".cache/kept").exists() == bool(re.search("video there|video is cut", what))
     assert len(list(Path(".cache/clips").glob("*damaged*"))) == ("record" in what)
 
 
@@ -1732,7 +1733,7 @@ def test_what_becomes_of_the_files_while_a_clip_is_made_loses_nothing(world, way
     else:
         assert way == "came" or told.fails("No space left")
         kept = [path.read_bytes() for path in Path(".cache/kept").glob("*")]
-        assert (kept, "held another video" in told.err) == ([FILM] * (way == "came"), bool(kept))
+        assert (kept, "held something else" in told.err) == ([FILM] * (way == "came"), bool(kept))
         assert world.target.read_bytes() == world.videos()[0]
         world.box.expired_outputs, before = way != "full", len(world.sent)
         world.succeed()
