@@ -102,7 +102,7 @@ ASPECT_RATIOS = ("9:16", "16:9", "1:1", "4:3", "3:4", "9:21", "21:9")
 CONNECT_TIMEOUT_S = 10.0
 SILENCE_TIMEOUT_S = 60.0  # without an answer, or without progress in a download
 TRIES, SUBMIT_TRIES = 5, 6  # of one request, the first included
-POLL_TRIES = 15  # in a row, before waiting for a generation is given up
+PAID_TRIES = 15  # in a row, before waiting for what is paid for, or its download, is given up
 GRACE_S = 30.0  # after a submit, a status of 404 may still mean "not yet"
 FORCE_AFTER_S = 3600.0  # a take in flight that is younger is taken up by --force as well
 LATE_BILL_S = 3600.0  # after a submit: a bill may still come
@@ -1364,23 +1364,17 @@ class Transport:
             raise ApiError(text, retryable=True, ambiguous=True) from None
         return Reply({"rows": value} if isinstance(value, list) else value, where)
 
-    def before_retry(self, error: HedraError, wait_s: float = 0.0) -> None:
-        """Raise an error again where there is no time for another try; after a refusal for rate
-        there is a pause for all."""
-        if max(wait_s, error.retry_after or 0.0) >= self.longest_s():
-            raise error
-        self.count("retries")
-        if isinstance(error, RateLimited):
-            self.pace.refused(error)
-
     def repeat(self, attempt: Callable[[], T], tries: int = TRIES, delay: float = 1.0) -> T:
-        """Repeat a harmless request: a few times after faults, patiently while refused for rate."""
+        """Repeat a harmless request: a few times after faults, patiently while refused for rate,
+        which is a pause for all."""
         until = time.monotonic() + self.longest_s()
 
         def before_retry(error: ApiError, wait_s: float) -> None:
-            if time.monotonic() + wait_s > until:
+            if time.monotonic() + wait_s >= until:
                 raise error
-            self.before_retry(error, wait_s)
+            self.count("retries")
+            if isinstance(error, RateLimited):
+                self.pace.refused(error)
 
         again = functools.partial(
             retry, max_retry_after=math.inf, max_delay=10.0, sleep=self.sleep, on_retry=before_retry
@@ -1431,7 +1425,7 @@ class Transport:
                 url = urljoin(url, target)
                 clean_url(url)
             except (InputError, ValueError) as error:  # a fresh address may be another
-                raise ApiError(f"{error}; {LATER}", retryable=True, code="ADDRESS") from None
+                raise ApiError(f"{error}; {LATER}", retryable=True) from None
             self.sleep(0.0)  # raises where the time is over
             response = self.send("GET", url, headers)
             target = response.headers.get("Location", "")
@@ -1457,7 +1451,7 @@ def iter_polls(api: Api, name: str, interval_s: float, grace_s: float) -> Iterat
             raise
 
     while True:
-        status = http.repeat(look, tries=POLL_TRIES, delay=0.5)
+        status = http.repeat(look, tries=PAID_TRIES, delay=0.5)
         yield status
         if status.state in ENDED:
             return
@@ -2191,34 +2185,28 @@ class Download:
         self.api, self.http, self.clip, self.view = api, api.http, clip, view
         self.path = hidden(clip.target, clip.generation_id)
 
-    def run(self, url: str, interval_s: float) -> Media:
-        """What came; takes up what was cut, asks for a fresh address where one has expired. Raises
-        ApiError after TRIES in a row that got no further, OSError on a full disk."""
-        failures, furthest = 0, 0
+    def run(self, url: str) -> Media:
+        """What came; takes up what was cut, at a fresh address, for the last one may have expired.
+        Raises ApiError after PAID_TRIES that got no further, OSError on a full disk."""
+        addresses, name = [url] if url else [], self.clip.generation_id
+
+        def attempt() -> Media:
+            if at := addresses.pop() if addresses else self.api.result(name, self.clip.kind).url:
+                return self.fetch(at)
+            text = f"Hedra gives no address for the finished generation {name}"  # perhaps not yet
+            raise ApiError(f"{text}; {LATER}", retryable=True)
+
         with self.path.open("ab") as self.file:
             while True:
+                size = self.file.tell()
                 try:
-                    return self.fetch(url or self.fresh_address(interval_s))
+                    return self.http.repeat(attempt, PAID_TRIES)
                 except ApiError as error:
-                    failures = 1 if self.file.tell() > furthest + PROGRESS_BYTES else failures + 1
-                    furthest = max(furthest, self.file.tell())
-                    if failures >= TRIES or not error.retryable:
-                        if not self.file.tell():  # nothing that could be gone on with
-                            self.path.unlink(missing_ok=True)
-                        raise
-                    wait_s = error.retry_after or backoff_s(failures - 1, 1.0, cap=8.0)
-                    self.http.before_retry(error, wait_s)
-                    self.http.sleep(wait_s)
-                    url = "" if error.code == "ADDRESS" else url  # it was answered by another thing
-
-    def fresh_address(self, interval_s: float) -> str:
-        """A new address of a finished result; Hedra may need a moment to have one."""
-        for _ in range(10):
-            if url := self.api.result(self.clip.generation_id, self.clip.kind).url:
-                return url
-            self.http.sleep(interval_s)
-        text = f"Hedra gives no address for the finished generation {self.clip.generation_id}"
-        raise ApiError(f"{text}; {LATER}", retryable=True)
+                    if error.retryable and self.file.tell() > size + PROGRESS_BYTES:
+                        continue
+                    if not self.file.tell():  # nothing that could be gone on with
+                        self.path.unlink(missing_ok=True)
+                    raise
 
     def restart(self, etag: str = "") -> None:
         """Begin again from nothing, with a strong ETag or none."""
@@ -2235,10 +2223,10 @@ class Download:
             self.restart(headers.get("ETag", ""))
             length = headers.get("Content-Length", "")
             return int(length) if re.fullmatch(r"\d{1,15}", length) else 0
-        if response.status not in (206, 416):  # this address may have expired, a fresh one not
+        if response.status not in (206, 416):
             text = f"the address of the result answered {response.status}; the clip is paid for"
             wait_s = parse_retry_after(headers.get("Retry-After", ""))
-            raise ApiError(f"{text}; {LATER}", retryable=True, retry_after=wait_s, code="ADDRESS")
+            raise ApiError(f"{text}; {LATER}", retryable=True, retry_after=wait_s)
         shape = r"(\d{1,15})-\d+/(\d{1,15})" if response.status == 206 else r"\*/((\d{1,15}))"
         piece = re.fullmatch(f"bytes {shape}", headers.get("Content-Range", ""))
         etag = self.clip.record.text("etag")
@@ -2284,7 +2272,7 @@ class Download:
             return found
         self.restart()
         text = f"what came are {size:,} bytes and not a whole file; it is paid for and not lost"
-        raise ApiError(f"{text}: {LATER}", retryable=True, code="ADDRESS")
+        raise ApiError(f"{text}: {LATER}", retryable=True)
 
 
 # ---- making a clip: Studio ----------------------------------------------------------------------
@@ -3107,7 +3095,7 @@ class Studio:
         self.view.state(clip, "downloading", str(clip.target))
         download, length = Download(self.api, clip, self.view), clip.seconds
         try:
-            film = download.run(url, self.interval_s)
+            film = download.run(url)
         except HedraError as error:
             raise self.gone(clip, error) from error
         self.ledger.put(clip, download.path)
