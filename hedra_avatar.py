@@ -2969,21 +2969,13 @@ class Studio:
     def collect(self, clip: Clip) -> None:
         """Bring the result to its place: from this disk if it is there, as what was delivered may
         be no longer at Hedra, else at the end of the generation. What goes wrong here loses
-        nothing; a full or read-only disk is told as what it is."""
+        nothing."""
         if not clip.paid:
             detail = f"generation {clip.generation_id}, already paid"
             self.view.state(clip, "found", detail, note="already paid")
-        try:
-            if not self.copy(clip):
-                self.bring(clip)
-            self.ledger.keep(clip, state="done", etag="", lost=False)
-        except HedraError:  # StillRunning is an OSError as well
-            raise
-        except OSError as error:
-            text = f"{error.filename or clip.target} cannot be written: {error.strerror}"
-            where = f"it is paid for and safe at Hedra [generation {clip.generation_id}]"
-            how = "make room and run the same command again"
-            raise HedraError(f"{text}; {where}: {how}") from error
+        if not self.copy(clip):
+            self.bring(clip)
+        self.ledger.keep(clip, state="done", etag="", lost=False)
 
     def bring(self, clip: Clip) -> None:
         """Wait for the generation, and download what it made."""
