@@ -979,8 +979,7 @@ class Clip:
     @property
     def due(self) -> float | None:
         """What is still to be paid by its quote: 0 where it is paid, None where nobody knows."""
-        open_parts = [part for part in self.parts if part.state in OPEN]
-        return total(part.price for part in open_parts) if self.state in OPEN else 0.0
+        return total(part.price for part in open_parts([self]))
 
     def bill(self) -> tuple[bool, float | None, float | None]:
         """Whether this very run paid for it, what was quoted, and what Hedra has billed."""
