@@ -2389,7 +2389,8 @@ class Studio:
         limit = limits.get(model, limits[""])
         if not re.search(r"\w", clip.prompt) or len(clip.prompt) > limit:
             size = f"{len(clip.prompt):,} characters, and {model or 'Hedra'} speaks 1 to {limit:,}"
-            raise InputError(f"the text of {clip.name} has {size}; nothing was sent")
+            what = f"{size}, and nothing that is blank or has no word in it"
+            raise InputError(f"the text of {clip.name} has {what}; nothing was sent")
 
         def key_by(voice: str) -> str:
             return digest_of("speech", clip.prompt, voice, model, self.account.id)
@@ -3451,8 +3452,8 @@ def clip_of(
     source: Path, args: argparse.Namespace, names: Names, text: str | None = None
 ) -> Clip:
     """A clip from its recording or text (or a `text` in place of a file) and what lies beside it;
-    in run a flag wins over that. Raises InputError without a portrait or a word, and while one of
-    its files is being written."""
+    in run a flag wins over that. Raises InputError without a portrait, and while one of its files
+    is being written."""
     files = files_of(source.parent, [source.name], names) if names else []
     if busy := next(filter(is_being_written, files), None):
         text = f"{busy} is still being written: nothing is sent before that program has closed it"
@@ -3474,15 +3475,11 @@ def clip_of(
         prompt=chosen([".txt"], args.prompt, DEFAULT_PROMPT).strip(),
         resolution=args.resolution, aspect_ratio=args.aspect_ratio,
     )
-    if text is None and source.name.lower().endswith(SAY_SUFFIX):
+    if text is None and args.command != "run" and source.name.lower().endswith(SAY_SUFFIX):
         text = read_text(source, TEXT_BYTES)
     if text is not None:
-        if not re.search(r"\w", text):
-            said = f"the text of {name} is blank, or has no word in it"
-            raise InputError(f"{said}: nothing was sent")
-        text = text.strip()
-        voice = chosen([".voice.txt"], args.HEDRA_VOICE or "", args.voice).strip()
-        clip.speech = Clip(f"{name} (speech)", Path(), prompt=text, kind=SPEECH, voice=voice)
+        clip.speech = Clip(f"{name} (speech)", Path(), prompt=text.strip(), kind=SPEECH)
+        clip.speech.voice = chosen([".voice.txt"], args.HEDRA_VOICE or "", args.voice).strip()
         clip.audio = Path()
     if re.search("[\ud800-\udfff]", "".join(part.prompt + part.voice for part in clip.parts)):
         raise InputError("the prompt, text or voice is not UTF-8 text")
@@ -3950,14 +3947,8 @@ def cmd_run(command: Command) -> int:
     """One clip: a batch of one."""
     args, source, text = command.args, run_source(command.args), None
     of_file = bool(args.wav) or args.say.startswith("@")
-    if args.wav:
-        inspect_file(source, "audio")
-    elif not of_file:
-        text = args.say
-    elif source.name:
-        text = read_text(source, TEXT_BYTES)
-    else:
-        raise InputError("--say @ needs the name of a file, as in --say @news.txt")
+    if not args.wav:
+        text = read_text(source, TEXT_BYTES) if of_file else args.say
     if args.out and not os.path.basename(args.out):
         raise InputError(f"--out {args.out} is a folder: --out-dir takes one")
     names = folder_names(source.parent) if of_file else {}
