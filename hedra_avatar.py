@@ -2839,12 +2839,12 @@ class Studio:
     def submit(self, clip: Clip) -> tuple[str, bool]:
         """The id of the generation, and whether this very submit made it. After an answer that
         leaves open what happened, look before another."""
-        faults, lost, renewed = 0, False, False
+        faults, refusals, lost, renewed = 0, 0, False, False
         in_doubt = clip.state == DOUBT and self.api.replays  # it may be paid already
         while True:
             self.prepare(clip)
             try:
-                return self.submit_patiently(clip, in_doubt=lost or in_doubt), True
+                return self.api.submit(clip), True
             except (Stopped, StillRunning):  # before anything went out
                 if not (lost or in_doubt):
                     clip.record.save(state=NEW)
@@ -2858,7 +2858,8 @@ class Studio:
                     error.add(f"nothing was paid for the {clip.kind}")
                 if not renewed and (renewed := self.renew(clip, error)):
                     continue
-                faults += error.status != 429  # which is waited for, whoever says it
+                is_limit = isinstance(error, RateLimited)  # of the account, or of a gateway
+                faults, refusals = faults + (not is_limit), refusals + is_limit
                 again = (error.retryable or error.ambiguous) and faults < SUBMIT_TRIES
                 wait_s = error.retry_after or backoff_s(faults, 0.5, cap=8.0)
                 if not again or wait_s > self.http.longest_s():
@@ -2866,9 +2867,13 @@ class Studio:
                     if error.ambiguous:
                         error.add(f"{how}same command again, and it looks before it pays")
                     raise
-                self.view.state(clip, "submitting again", f"after: {error.words or error}")
                 self.http.count("retries")
-                self.http.sleep(wait_s)
+                if is_limit and not error.ambiguous:
+                    self.view.state(clip, "waiting for a place", error.words)
+                    self.await_place(error, refusals)
+                else:
+                    self.view.state(clip, "submitting again", f"after: {error.words or error}")
+                    self.http.sleep(wait_s)
 
     def be_patient(self) -> None:
         """As long as a clip of ours is at work a place will be free, and the time that it takes is
@@ -2877,24 +2882,7 @@ class Studio:
             DEADLINE.set(min(self.deadline, time.monotonic() + self.timeout_s))
         self.http.sleep(0.0)
 
-    def submit_patiently(self, clip: Clip, *, in_doubt: bool) -> str:
-        """A submit that is repeated while a limit of the account refuses it; raises ApiError."""
-        refusals = 0
-        while True:
-            try:
-                return self.api.submit(clip)
-            except RateLimited as error:
-                if error.ambiguous or (error.retry_after or 0.0) >= self.http.longest_s():
-                    raise
-                refusals, refusal = refusals + 1, error
-            if not in_doubt:
-                clip.record.save(state=NEW)
-            self.view.state(clip, "waiting for a place", refusal.words)
-            self.http.count("retries")
-            self.await_place(refusal, refusals)
-            clip.record.save(sync=True, state="intent")
-
-    def await_place(self, error: RateLimited, refusals: int) -> None:
+    def await_place(self, error: ApiError, refusals: int) -> None:
         """Wait after a refusal until it is over; or, one clip after the other, until one of the
         generations that run has ended, so that each clip takes the place of one."""
         http, words, alone = self.http, error.words.lower(), not self.http.waiting
