@@ -54,13 +54,9 @@ if sys.version_info < (3, 11):  # noqa: UP036 (said before what an older one has
 
 if __name__ == "__main__":  # Ctrl-C while the rest is still being imported
     import os
+    import signal
 
-    try:
-        import signal
-
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    except KeyboardInterrupt:
-        os._exit(130)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import contextlib
