@@ -2640,8 +2640,7 @@ class Studio:
 
         Raises HedraError, OSError; whatever was paid for by then is in the ledger.
         """
-        started = time.monotonic()
-        deadline = min(self.deadline, started + self.timeout_s)
+        deadline = min(self.deadline, time.monotonic() + self.timeout_s)
         with self.http.until(deadline, clip.effort), self.owned(clip):
             self.decide(clip)
             self.check(clip)
@@ -2653,7 +2652,6 @@ class Studio:
             elif clip.kind == VIDEO:  # others may be reading a speech just now
                 with contextlib.suppress(OSError, InputError):
                     self.ledger.keep(clip)
-            clip.spent_s = round(time.monotonic() - started, 3)
 
     def decide(self, clip: Clip) -> None:
         """Judge once more, as another process may have been at work since the plan, and take up
@@ -3627,7 +3625,8 @@ class Command:
         except Exception as error:  # a worker outlives whatever a clip does to it
             # What was there is there, though the cache may be another user's.
             if clip.state != DONE or not isinstance(error, OSError):
-                clip.error, clip.spent_s = error, round(time.monotonic() - started, 3)
+                clip.error = error
+        clip.spent_s = round(time.monotonic() - started, 3)
 
     def make(self, clip: Clip) -> None:
         """Make a clip of a batch, and tell of it."""
@@ -3660,8 +3659,7 @@ class Command:
         for clip in self.untold:
             if not clip.error and not clip.spent_s and clip.state != DONE:
                 clip.error = error
-            text = json.dumps(outcome(clip, self.studio.api.unit))
-            self.view.results += written(sys.stdout, f"{text}\n")
+            self.view.result(json.dumps(outcome(clip, self.studio.api.unit)))
 
     def tell_end(self, clips: Sequence[Clip]) -> int:
         """Say what a batch has cost and, last, what failed; the exit status."""
@@ -4245,7 +4243,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
         command.tell_rest(error)
     if args.json and not view.results:  # else it has been told of the clip
         name = stem_of(run_source(args).name) if args.command == "run" else args.command
-        written(sys.stdout, json.dumps(outcome(Clip(name, Path(), error=error), None)) + "\n")
+        view.result(json.dumps(outcome(Clip(name, Path(), error=error), None)))
     complain(explain(error))
     return status
 
