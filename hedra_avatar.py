@@ -2322,17 +2322,12 @@ class Studio:
     def plan(self, clips: Sequence[Clip]) -> None:
         """Check the files of some clips, judge what each needs, and price what is new. A clip that
         cannot work has an `error` afterwards. Raises HedraError where nothing can."""
-        targets: dict[str, Clip] = {}
         self.ask_anew()
         for clip in [clip for clip in clips if not clip.error]:
             with self.blamed(clip):
                 (self.identify_speech if clip.kind == SPEECH else self.identify)(clip)
                 clip.state = self.judge(clip, force=self.force)
                 self.check(clip)
-                other = targets.setdefault(clip.place, clip)
-                if other is not clip:
-                    whose = f"would be the video of {other.name} as well"
-                    raise InputError(f"{clip.target} {whose}: rename one")
         fine = [clip for clip in clips if not clip.error]
         ask = functools.partial(self.tolerant, self.api.balance, "the balance")
         if any(clip.state in OPEN for clip in fine):
