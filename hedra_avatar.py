@@ -3316,6 +3316,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SOUND_SUFFIXES = (".wav", ".mp3", ".m4a", ".flac", ".ogg", ".aif", ".aiff")
 SAY_SUFFIX = ".say.txt"
 ENDLESS = (".mp3", ".m4a", ".flac", ".ogg")  # they need not tell where they end
+STILL_S, LONG_STILL_S = 1.0, 4.0  # without a change: it may be whole
 LONGEST_STEP_S = 150.0  # between two writes of an encoder: 256 KiB at 14 kbit/s
 OTHER_SOUND = (  # what looks like sound
     r"\.(3ga|3gpp?|aac|ac3|aifc|amr|ape|au|awb|caf|m4b|m4r|mka|mp2|mpga|oga|opus|ra|spx|tta|w64|wave"
@@ -3425,6 +3426,18 @@ def is_being_written(file: Path) -> bool:
     return False
 
 
+def still_s(file: Path) -> float:
+    """How long a file has to be without a change, as it may still be being written."""
+    return LONG_STILL_S if file.name.lower().endswith((*ENDLESS, ".txt")) else STILL_S
+
+
+def is_young(file: Path) -> bool:
+    """Whether a file that was dropped has not been without a change for so long."""
+    with contextlib.suppress(OSError):
+        return 0 <= time.time() - os.stat(file).st_mtime < still_s(file)
+    return False
+
+
 def clip_of(
     source: Path, args: argparse.Namespace, names: Names, text: str | None = None
 ) -> Clip:
@@ -3432,7 +3445,8 @@ def clip_of(
     in run a flag wins over that. Raises InputError without a portrait, and while one of its files
     is being written."""
     files = files_of(source.parent, [source.name], names) if names else []
-    if busy := next(filter(is_being_written, files), None):
+    dropped = args.command == "watch"
+    if busy := next((f for f in files if is_being_written(f) or (dropped and is_young(f))), None):
         text = f"{busy} is still being written: nothing is sent before that program has closed it"
         raise InputError(text, unfinished=True, is_open=True)
 
@@ -3682,32 +3696,12 @@ class Command:
 # ---- watch: Watcher, notify_systemd -------------------------------------------------------------
 
 TURN_S = 0.2
-STILL_S, LONG_STILL_S = 1.0, 4.0  # without a change: it may be whole
 STUCK_S = 10.0  # without a change: a file that is not whole is worth a line
 RESCAN_S = 60.0  # events can be lost
 PAUSES_S = (15.0, 300.0)  # between two tries: the first and the longest
 PASSING = re.compile(  # what is another in each telling of the same
     rf"(?i){UUID_SHAPE.pattern}|\[trace id .*?\]|the account has [^:;]*"
 )
-
-
-def still_s(file: Path) -> float:
-    """How long a file has to be without a change, as it may still be being written."""
-    return LONG_STILL_S if file.name.lower().endswith((*ENDLESS, ".txt")) else STILL_S
-
-
-def restless(folder: Path) -> dict[str, float]:
-    """The clips of a folder whose files may still be being written, and for how many seconds they
-    are to be left alone."""
-    names, found = folder_names(folder), dict[str, float]()
-    for stem, sources in source_names(names).items():
-        for file in files_of(folder, sources, names):
-            with contextlib.suppress(OSError):
-                age_s = time.time() - os.stat(file).st_mtime
-                left_s = still_s(file) - age_s if age_s >= 0 else 0.0
-                if left_s > 0 or is_being_written(file):
-                    found[stem] = max(found.get(stem, TURN_S), left_s)
-    return found
 
 
 class Wait:
@@ -3932,17 +3926,19 @@ def cmd_run(command: Command) -> int:
     return command.batch([clip_of(source, args, names, text)])
 
 
-def cmd_batch(command: Command, unfinished: Iterable[str] = ()) -> int:
-    """A folder of clips, some of which may be unfinished."""
-    folder, view = Path(command.args.folder), command.view
-    names = folder_names(folder)
-    clips = [
-        folder_clip([folder / name for name in sources], command.args, names)
-        for sources in source_names(names).values()
-    ]
-    for clip in clips:
-        if clip.name in unfinished and not clip.error:
-            clip.error, clip.state = InputError("it is still being written; run it again"), BAD
+def cmd_batch(command: Command, patience_s: float = 0.0) -> int:
+    """A folder of clips; one whose files are still being written is waited for so long."""
+    folder, view, until = Path(command.args.folder), command.view, time.monotonic() + patience_s
+    while True:
+        names = folder_names(folder)
+        clips = [
+            folder_clip([folder / name for name in sources], command.args, names)
+            for sources in source_names(names).values()
+        ]
+        is_busy = any(getattr(clip.error, "is_open", False) for clip in clips)
+        if not is_busy or time.monotonic() >= until:
+            break
+        command.studio.http.sleep(TURN_S)
     if text := ignored_text(names):
         view.say(text)
     if not clips:
@@ -3958,10 +3954,7 @@ def cmd_watch(command: Command) -> int:
     if not (args.img or args.fallback):
         view.say("warning: no --img and no FRIEND_IMG: only clips with a portrait beside them")
     if args.once:
-        until = time.monotonic() + STUCK_S
-        while (found := restless(Path(args.folder))) and time.monotonic() < until:
-            command.studio.http.sleep(max(found.values()))
-        return cmd_batch(command, found)
+        return cmd_batch(command, STUCK_S)
     watcher = Watcher(command)
     module = need("watchdog.observers" + (".polling" if args.polling else ""))
     observer = module.PollingObserver() if args.polling else module.Observer()
