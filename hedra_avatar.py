@@ -2164,10 +2164,7 @@ class Ledger:
 
     def clips(self) -> list[str]:
         """The keys of the records of all takes."""
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder / "clips") as found:
-            names = [entry.name for entry in found if entry.is_file()]
-            return sorted(name[:-5] for name in names if name.endswith(".json") and name[0] != ".")
-        return []
+        return sorted(path.stem for path in self.folder.glob("clips/*.json"))
 
 
 # ---- downloading: Download ----------------------------------------------------------------------
@@ -2307,7 +2304,6 @@ class Studio:
             raise InputError("a timeout and a poll interval are numbers of seconds")
         self.ledger = Ledger(self.account.cache, self.http.sleep, view.say)
         self.asked = {VIDEO: model, SPEECH: speech_model}
-        self.ask_anew()
         self.lock, self.turn = threading.RLock(), threading.Lock()
         self.unread = dict[str, float]()  # until when not to ask again
         self.forgotten = set[str]()  # files that Hedra no longer knows
@@ -2315,14 +2311,11 @@ class Studio:
 
     # -- plan: what each clip is, what it needs and what it costs
 
-    def ask_anew(self) -> None:
-        """Models and voices are looked up once a plan."""
-        self.model, self.voices = functools.cache(self.api.model), functools.cache(self.api.voices)
-
     def plan(self, clips: Sequence[Clip]) -> None:
         """Check the files of some clips, judge what each needs, and price what is new. A clip that
         cannot work has an `error` afterwards. Raises HedraError where nothing can."""
-        self.ask_anew()
+        # Looked up once a plan.
+        self.model, self.voices = functools.cache(self.api.model), functools.cache(self.api.voices)
         for clip in [clip for clip in clips if not clip.error]:
             with self.blamed(clip):
                 (self.identify_speech if clip.kind == SPEECH else self.identify)(clip)
