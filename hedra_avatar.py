@@ -277,7 +277,6 @@ def clean_url(raw: str) -> str:
     with contextlib.suppress(ValueError):  # the port is no port
         parts = urlsplit(url)
         if parts.hostname and parts.port != 0 and not re.search(r"[@\s]", parts.netloc):
-            parts.hostname.encode("idna")  # which knows names that no host has
             local = re.fullmatch(r"localhost|::1|127(\.\d{1,3}){3}", parts.hostname)
             if parts.scheme == "https" or (parts.scheme == "http" and local):
                 return url
@@ -1253,15 +1252,14 @@ class Transport:
         if parts.scheme == "https" and not proxy_bypass(parts.netloc):
             proxies = getproxies()
             named = (proxies.get("https") or proxies.get("all") or "").strip()
-        opener = urllib3.PoolManager
         try:
+            pool = urllib3.PoolManager(retries=False)
             if named:
                 at = urllib3.util.parse_url(named if "://" in named else f"http://{named}")
                 proxy = f"{at.scheme}://{at.netloc}" if at.host else ""
                 login = at.auth and unquote(at.auth)
                 secret = urllib3.make_headers(proxy_basic_auth=login)
-                opener = functools.partial(urllib3.ProxyManager, proxy, proxy_headers=secret)
-            pool = opener(retries=False)
+                pool = urllib3.ProxyManager(proxy, proxy_headers=secret, retries=False)
         except ValueError:
             text = f"the proxy {proxy or 'of HTTPS_PROXY'} is no http or https address"
             raise InputError(text) from None
