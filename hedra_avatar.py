@@ -916,7 +916,6 @@ class Clip:
     state = NEW
     looked = 0.0  # when its files were looked at: the video's time, so that a later file is newer
     key = other_key = found = ""  # by which the ledger has it; the id that Hedra has it under
-    asked_id = ""  # what to submit it as where it has no key
     past: Collection[str] = ()  # what Hedra calls the takes that the ledger knows
     price: float | None = None
     billed: float | None = None
@@ -939,7 +938,8 @@ class Clip:
     @property
     def reserved(self) -> str:
         """What its take is submitted as: generation id (v2) or idempotency key (v3)."""
-        return reserved_id(self.key, self.record.text("take")) if self.key else self.asked_id
+        record = self.record
+        return reserved_id(self.key, record.text("take")) if self.key else record.text("reserved")
 
     @property
     def generation_id(self) -> str:
@@ -3244,10 +3244,10 @@ def start_generation(
     known = api.model(name if api.replays else "", known_only=True)
     clip = Clip(
         "", Path(), prompt=prompt, resolution=resolution, aspect_ratio=aspect_ratio,
-        settings=settings or {}, asked_id=generation_id,
+        settings=settings or {},
         model=known if api.replays or name in (known.id, known.slug) else Model(name),
     )
-    clip.record.values |= {"image": image_id, "audio": audio_id}
+    clip.record.values |= {"image": image_id, "audio": audio_id, "reserved": generation_id}
     try:
         return api.submit(clip)
     except ApiError as error:
