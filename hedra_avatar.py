@@ -2812,7 +2812,6 @@ class Studio:
             text = f"{file} changed while it was sent; nothing was paid"
             raise InputError(text, unfinished=True)
         record.values |= {**self.about(clip), name: ref, f"{name}_expires_at": lapses}
-        record.values |= {} if image else {"state": record.text("state") or NEW}
         record.save()
         return ref
 
@@ -2922,7 +2921,6 @@ class Studio:
         take.save(sync=True, **{
             **self.about(clip), "state": "submitted", "generation_id": generation_id,
             "submitted_at": take.number("submitted_at") or time.time(), "unbilled": True,
-            "price": clip.price if paid else take.number("price"),
         })
         if paid:
             with self.lock:
