@@ -2968,9 +2968,8 @@ class Studio:
                     raise self.gone(clip, error, found) from error
                 found = self.trace(clip) if clip.reserved else ""
         clip.billed = status.cost
-        if status.cost is not None:
-            with contextlib.suppress(OSError):
-                clip.record.save(billed=status.cost, unbilled=False)
+        if status.cost is not None:  # written down with what comes of it
+            clip.record.values |= {"billed": status.cost, "unbilled": False}
         if status.state == FAILED:
             text = f"Hedra could not make it: {status.failure} [generation {clip.generation_id}]"
             if status.is_of_it and not delivered:
