@@ -2328,7 +2328,7 @@ class Studio:
 
     def plan_open(self, clips: Sequence[Clip]) -> None:
         """Where some clips may still have to be paid: are they, and what do they cost?"""
-        self.look_for([p for clip in clips if clip.state in OPEN for p in clip.parts])
+        self.look_for(open_parts(clips))
         for clip in [clip for clip in clips if clip.state != DONE]:
             with self.blamed(clip):
                 self.check_old(clip)
@@ -2519,8 +2519,8 @@ class Studio:
             return
         asked = {
             reserved_id(key, clip.record.text("take")): (clip, key) for clip in clips
-            for key in (clip.key, clip.other_key) if key and clip.state in OPEN
-            if clip.state == DOUBT or not clip.generation_id
+            for key in (clip.key, clip.other_key)
+            if key and (clip.state == DOUBT or not clip.generation_id)
         }
         ask = functools.partial(self.api.find_all, list(asked))
         for name in (self.tolerant(ask, LIST) or {}) if asked else ():
@@ -2533,8 +2533,8 @@ class Studio:
 
     def quote(self, clip: Clip) -> None:
         """The price of what is not paid yet; it stays None where nobody can tell."""
-        for part in clip.parts if clip.state in OPEN else ():
-            if part.price is None and part.state in OPEN:
+        for part in open_parts([clip]):
+            if part.price is None:
                 price = self.tolerant(functools.partial(self.price, part), "the price")
                 part.price = price if price is not None and price >= 0 else None
 
