@@ -277,6 +277,7 @@ def clean_url(raw: str) -> str:
     with contextlib.suppress(ValueError):  # the port is no port
         parts = urlsplit(url)
         if parts.hostname and parts.port != 0 and not re.search(r"[@\s]", parts.netloc):
+            parts.hostname.encode("idna")  # which knows names that no host has
             local = re.fullmatch(r"localhost|::1|127(\.\d{1,3}){3}", parts.hostname)
             if parts.scheme == "https" or (parts.scheme == "http" and local):
                 return url
@@ -902,6 +903,12 @@ REFUSED, DONE, BAD = "refused", "done", "bad"
 OPEN = (NEW, DOUBT)  # may still have to be paid
 
 
+def open_parts(clips: Iterable[Clip]) -> list[Clip]:
+    """What is still to be paid for some clips, each once: some may be alike, or say the same."""
+    parts = {part.key: part for clip in clips if clip.state in OPEN for part in clip.parts}
+    return [part for part in parts.values() if part.state in OPEN]
+
+
 class Clip:
     """A video, or the speech of one, that is to be made, and all that is known of it from the plan
     to the report; both APIs put it into their words. A video has a recording in `audio`, or a
@@ -993,12 +1000,6 @@ class Clip:
         finally:
             spent_s = self.effort.get(name, 0.0) + time.monotonic() - before
             self.effort[name] = round(spent_s, 3)
-
-
-def open_parts(clips: Iterable[Clip]) -> list[Clip]:
-    """What is still to be paid for some clips, each once: some may be alike, or say the same."""
-    parts = {part.key: part for clip in clips if clip.state in OPEN for part in clip.parts}
-    return [part for part in parts.values() if part.state in OPEN]
 
 
 # ---- retry: retry, backoff_s --------------------------------------------------------------------
@@ -1200,6 +1201,10 @@ class Transport:
         """Seconds that an answer may keep silent."""
         return min(self.account.silence_s, self.left_s())
 
+    def put_off(self) -> None:
+        """Give what this thread receives another such time."""
+        DUE.set(kernel_s() + self.patience_s())
+
     def longest_s(self) -> float:
         """The longest wait that Hedra may ask for."""
         return min(self.left_s(), 1e6) if DEADLINE.get() < math.inf else LONGEST_RETRY_AFTER_S
@@ -1314,17 +1319,12 @@ class Transport:
         REFUSAL.set(error.words or f"status {error.status}")
         raise error
 
-    def blocks(
-        self, response: urllib3.BaseHTTPResponse, where: str, patience_s: Callable[[], float]
-    ) -> Iterator[bytes]:
-        """The body of an answer as it arrives, each block within `patience_s()`; the connection
-        goes back to the pool at its end."""
+    def blocks(self, response: urllib3.BaseHTTPResponse, where: str) -> Iterator[bytes]:
+        """The body of an answer as it arrives, by the moment DUE, which is that of its header until
+        somebody puts it off; the connection goes back to the pool at its end."""
         try:
             with faults(where, self.account.silence_s):
-                while True:
-                    DUE.set(kernel_s() + patience_s())
-                    if not (block := response.read1(BLOCK_BYTES, decode_content=False)):
-                        return
+                while block := response.read1(BLOCK_BYTES, decode_content=False):
                     self.count("bytes_down", len(block))
                     yield block
         finally:
@@ -1332,9 +1332,8 @@ class Transport:
 
     def text(self, response: urllib3.BaseHTTPResponse, where: str) -> str:
         """The whole body, without the key should the server echo it; raises ApiError."""
-        # The header, where one came just now, and the body together have that time.
-        body, until = bytearray(), DUE.get(kernel_s() + self.account.silence_s)
-        for block in self.blocks(response, where, lambda: until - kernel_s()):
+        body = bytearray()
+        for block in self.blocks(response, where):
             body += block
             if (size := len(body)) > ANSWER_BYTES:
                 text = f"Hedra's answer to {where} is too long: {size:,} bytes so far; {LATER}"
@@ -1779,16 +1778,11 @@ class JobsApi:
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
         headers |= {"Last-Event-Id": last_id} if last_id else {}
         first_s = max(0.1, min(FIRST_FRAME_S, http.patience_s()))
-        due = time.monotonic() + first_s
-
-        def patience_s() -> float:
-            return due - time.monotonic()
-
         response = http.open("GET", path, headers, silence_s=first_s)
-        for block in http.blocks(response, f"GET {path}", patience_s):
+        for block in http.blocks(response, f"GET {path}"):
             http.sleep(0.0)  # raises where the time is over
             if b"data:" in block:
-                due = time.monotonic() + http.patience_s()
+                http.put_off()
             yield block
 
     def result(self, job_id: str, kind: str = VIDEO) -> Status:
@@ -2227,19 +2221,17 @@ class Download:
 
     def receive(self, response: urllib3.BaseHTTPResponse, total: int) -> None:
         """Append a body; raises ApiError if it stands still or has no end, StillRunning if late."""
-        since, mark = time.monotonic(), self.file.tell()
-        for block in self.http.blocks(response, "the download", self.http.patience_s):
+        mark = self.file.tell()
+        for block in self.http.blocks(response, "the download"):
             self.file.write(block)
             self.view.move(self.clip, len(block), total)
+            self.http.sleep(0.0)  # raises where the time is over
             if (size := self.file.tell()) >= mark + PROGRESS_BYTES:
-                since, mark = time.monotonic(), size
-            elif time.monotonic() - since > self.http.account.silence_s:
-                raise ApiError(f"the download stalls at {size:,} bytes; {LATER}", retryable=True)
+                mark = size
+                self.http.put_off()
             if max(size, total) > VIDEO_BYTES:
                 self.path.unlink()
                 raise ApiError(f"no video has {max(size, total):,} bytes; what came was dropped")
-            if self.http.left_s() <= 0:
-                raise StillRunning(f"{size:,} bytes came in the time given and are kept; {LATER}")
 
     def fetch(self, url: str) -> Media:
         """One request for what is lacking; what the whole is. Raises ApiError."""
@@ -2255,9 +2247,8 @@ class Download:
                 self.receive(response, total)
         finally:
             end(response)
-        if (size := self.file.tell()) < total:
-            raise ApiError(f"the download was cut at {size:,} bytes; {LATER}", retryable=True)
         self.file.flush()
+        size = self.file.tell()
         if size == (total or size) and (found := inspect_film(self.path, self.clip.kind)):
             return found
         self.restart()
@@ -2370,9 +2361,9 @@ class Studio:
         limits, model = self.api.speech_limits, self.asked[SPEECH] or self.api.default_speech_model
         limit = limits.get(model, limits[""])
         if not re.search(r"\w", clip.prompt) or len(clip.prompt) > limit:
-            size = f"{len(clip.prompt):,} characters, and {model or 'Hedra'} speaks 1 to {limit:,}"
-            what = f"{size}, and nothing that is blank or has no word in it"
-            raise InputError(f"the text of {clip.name} has {what}; nothing was sent")
+            size = f"{len(clip.prompt):,} characters" if clip.prompt else "nothing in it"
+            takes = f"{model or 'Hedra'} speaks words, of up to {limit:,} characters"
+            raise InputError(f"the text of {clip.name} has {size}, and {takes}; nothing was sent")
 
         def key_by(voice: str) -> str:
             return digest_of("speech", clip.prompt, voice, model, self.account.id)
@@ -2844,7 +2835,7 @@ class Studio:
                 if not again or wait_s > self.http.longest_s():
                     how = "not known is whether it was carried out, but nothing is lost: run the "
                     if error.ambiguous:
-                        error.add(f"{how}same command again, and it looks before it pays")
+                        error.add(f"{how}same command again, and it is paid once")
                     raise
                 self.http.count("retries")
                 if is_limit and not error.ambiguous:
