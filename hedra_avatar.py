@@ -2360,10 +2360,10 @@ class Studio:
         """The same of a speech; raises InputError for what nobody can say."""
         limits, model = self.api.speech_limits, self.asked[SPEECH] or self.api.default_speech_model
         limit = limits.get(model, limits[""])
-        if not re.search(r"\w", clip.prompt) or len(clip.prompt) > limit:
-            size = f"{len(clip.prompt):,} characters" if clip.prompt else "nothing in it"
-            takes = f"{model or 'Hedra'} speaks words, of up to {limit:,} characters"
-            raise InputError(f"the text of {clip.name} has {size}, and {takes}; nothing was sent")
+        why = f"{len(clip.prompt):,} characters, and {model or 'Hedra'} speaks up to {limit:,}"
+        if len(clip.prompt) > limit or not re.search(r"\w", clip.prompt):
+            why = why if len(clip.prompt) > limit else "no word in it: it is blank"
+            raise InputError(f"the text of {clip.name} has {why}; nothing was sent")
 
         def key_by(voice: str) -> str:
             return digest_of("speech", clip.prompt, voice, model, self.account.id)
@@ -2930,9 +2930,14 @@ class Studio:
         if not clip.paid:
             detail = f"generation {clip.generation_id}, already paid"
             self.view.state(clip, "found", detail, note="already paid")
-        if not self.copy(clip):
-            self.bring(clip)
-        self.ledger.keep(clip, state="done", etag="", lost=False)
+        try:
+            if not self.copy(clip):
+                self.bring(clip)
+            self.ledger.keep(clip, state="done", etag="", lost=False)
+        except OSError as error:
+            if not isinstance(error, HedraError):  # as StillRunning is
+                error.filename = error.filename or str(clip.target)  # a full disk names none
+            raise
 
     def bring(self, clip: Clip) -> None:
         """Wait for the generation, and download what it made."""
