@@ -2147,7 +2147,7 @@ class Ledger:
             return
         part = hidden(self.kept / "x", clip.place)  # the owner of the target alone writes it
         try:
-            self.kept.mkdir(exist_ok=True)
+            self.kept.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(clip.target, part)
             publish(part, kept := self.kept / f"{video_digest(part)}.mp4")
         finally:
@@ -2252,8 +2252,8 @@ class Download:
         if size == (total or size) and (found := inspect_film(self.path, self.clip.kind)):
             return found
         self.restart()
-        text = f"what came are {size:,} bytes and not a whole file; it is paid for and not lost"
-        raise ApiError(f"{text}: {LATER}", retryable=True)
+        text = f"what came are {size:,} bytes and not a whole file"
+        raise ApiError(f"{text}; {LATER}", retryable=True)
 
 
 # ---- making a clip: Studio ----------------------------------------------------------------------
@@ -3040,6 +3040,7 @@ class Studio:
             if video_digest(part) in clip.digests:
                 self.ledger.put(clip, part)
                 return True
+            part.unlink()  # a download would go on with it
         return False
 
     def download(self, clip: Clip, url: str) -> None:
