@@ -3401,25 +3401,19 @@ def grants_leases(folder: Path) -> bool:
         probe.unlink(missing_ok=True)
 
 
-def is_being_written(file: Path) -> bool:
-    """Whether a program still has a file open that it may add to, though it looks whole: encoders
-    write in steps that are many seconds apart, and some mend the header at each. What has long
-    been left alone is taken; where nobody can tell, the times alone decide."""
-    with contextlib.suppress(OSError, AttributeError):  # AttributeError: not on Linux
-        if 0 <= time.time() - os.stat(file).st_mtime < LONGEST_STEP_S:
-            return has_writer(file) and grants_leases(file.parent)
-    return False
-
-
 def still_s(file: Path) -> float:
     """How long a file has to be without a change, as it may still be being written."""
     return LONG_STILL_S if file.name.lower().endswith((*ENDLESS, ".txt")) else STILL_S
 
 
-def is_young(file: Path) -> bool:
-    """Whether a file that was dropped has not been without a change for so long."""
-    with contextlib.suppress(OSError):
-        return 0 <= time.time() - os.stat(file).st_mtime < still_s(file)
+def is_being_written(file: Path, rest_s: float = 0.0) -> bool:
+    """Whether a file has changed within `rest_s`, or a program still has it open that may add to
+    it, though it looks whole: encoders write in steps that are many seconds apart, and some mend
+    the header at each. What has long been left alone is taken; where nobody can tell, the times
+    alone decide."""
+    with contextlib.suppress(OSError, AttributeError):  # AttributeError: not on Linux
+        if 0 <= (age_s := time.time() - os.stat(file).st_mtime) < LONGEST_STEP_S:
+            return age_s < rest_s or (has_writer(file) and grants_leases(file.parent))
     return False
 
 
@@ -3430,9 +3424,10 @@ def clip_of(
     in run a flag wins over that. Raises InputError without a portrait, and while one of its files
     is being written."""
     files = files_of(source.parent, [source.name], names) if names else []
-    dropped = args.command == "watch"
-    if busy := next((f for f in files if is_being_written(f) or (dropped and is_young(f))), None):
-        text = f"{busy} is still being written: nothing is sent before that program has closed it"
+    is_drop = args.command == "watch"
+    busy = (file for file in files if is_being_written(file, still_s(file) * is_drop))
+    if file := next(busy, None):
+        text = f"{file} is still being written: nothing is sent before that program has closed it"
         raise InputError(text, unfinished=True, is_open=True)
 
     def chosen(suffixes: Sequence[str], flag: str, fallback: str = "") -> str:
