@@ -98,7 +98,7 @@ ASPECT_RATIOS = ("9:16", "16:9", "1:1", "4:3", "3:4", "9:21", "21:9")
 CONNECT_TIMEOUT_S = 10.0
 SILENCE_TIMEOUT_S = 60.0  # without an answer, or without progress in a download
 TRIES, SUBMIT_TRIES = 5, 6  # of one request, the first included
-PAID_TRIES = 15  # in a row, before waiting for what is paid for, or its download, is given up
+POLL_TRIES = 15  # in a row, before waiting for a generation is given up
 GRACE_S = 30.0  # after a submit, a status of 404 may still mean "not yet"
 FORCE_AFTER_S = 3600.0  # a take in flight that is younger is taken up by --force as well
 LATE_BILL_S = 3600.0  # after a submit: a bill may still come
@@ -1356,17 +1356,23 @@ class Transport:
             raise ApiError(text, retryable=True, ambiguous=True) from None
         return Reply({"rows": value} if isinstance(value, list) else value, where)
 
+    def before_retry(self, error: HedraError, wait_s: float = 0.0) -> None:
+        """Raise an error again where there is no time for another try; after a refusal for rate
+        there is a pause for all."""
+        if max(wait_s, error.retry_after or 0.0) >= self.longest_s():
+            raise error
+        self.count("retries")
+        if isinstance(error, RateLimited):
+            self.pace.refused(error)
+
     def repeat(self, attempt: Callable[[], T], tries: int = TRIES, delay: float = 1.0) -> T:
-        """Repeat a harmless request: a few times after faults, patiently while refused for rate,
-        which is a pause for all."""
+        """Repeat a harmless request: a few times after faults, patiently while refused for rate."""
         until = time.monotonic() + self.longest_s()
 
         def before_retry(error: ApiError, wait_s: float) -> None:
-            if time.monotonic() + wait_s >= until:
+            if time.monotonic() + wait_s > until:
                 raise error
-            self.count("retries")
-            if isinstance(error, RateLimited):
-                self.pace.refused(error)
+            self.before_retry(error, wait_s)
 
         again = functools.partial(
             retry, max_retry_after=math.inf, max_delay=10.0, sleep=self.sleep, on_retry=before_retry
@@ -1417,7 +1423,7 @@ class Transport:
                 url = urljoin(url, target)
                 clean_url(url)
             except (InputError, ValueError) as error:  # a fresh address may be another
-                raise ApiError(f"{error}; {LATER}", retryable=True) from None
+                raise ApiError(f"{error}; {LATER}", retryable=True, code="ADDRESS") from None
             self.sleep(0.0)  # raises where the time is over
             response = self.send("GET", url, headers)
             target = response.headers.get("Location", "")
@@ -1443,7 +1449,7 @@ def iter_polls(api: Api, name: str, interval_s: float, grace_s: float) -> Iterat
             raise
 
     while True:
-        status = http.repeat(look, tries=PAID_TRIES, delay=0.5)
+        status = http.repeat(look, tries=POLL_TRIES, delay=0.5)
         yield status
         if status.state in ENDED:
             return
@@ -2169,28 +2175,34 @@ class Download:
         self.api, self.http, self.clip, self.view = api, api.http, clip, view
         self.path = hidden(clip.target, clip.generation_id)
 
-    def run(self, url: str) -> Media:
-        """What came; takes up what was cut, at a fresh address, for the last one may have expired.
-        Raises ApiError after PAID_TRIES that got no further, OSError on a full disk."""
-        addresses, name = [url] if url else [], self.clip.generation_id
-
-        def attempt() -> Media:
-            if at := addresses.pop() if addresses else self.api.result(name, self.clip.kind).url:
-                return self.fetch(at)
-            text = f"Hedra gives no address for the finished generation {name}"  # perhaps not yet
-            raise ApiError(f"{text}; {LATER}", retryable=True)
-
+    def run(self, url: str, interval_s: float) -> Media:
+        """What came; takes up what was cut, asks for a fresh address where one has expired. Raises
+        ApiError after TRIES in a row that got no further, OSError on a full disk."""
+        failures, furthest = 0, 0
         with self.path.open("ab") as self.file:
             while True:
-                size = self.file.tell()
                 try:
-                    return self.http.repeat(attempt, PAID_TRIES)
+                    return self.fetch(url or self.fresh_address(interval_s))
                 except ApiError as error:
-                    if error.retryable and self.file.tell() > size + PROGRESS_BYTES:
-                        continue
-                    if not self.file.tell():  # nothing that could be gone on with
-                        self.path.unlink(missing_ok=True)
-                    raise
+                    failures = 1 if self.file.tell() > furthest + PROGRESS_BYTES else failures + 1
+                    furthest = max(furthest, self.file.tell())
+                    if failures >= TRIES or not error.retryable:
+                        if not self.file.tell():  # nothing that could be gone on with
+                            self.path.unlink(missing_ok=True)
+                        raise
+                    wait_s = error.retry_after or backoff_s(failures - 1, 1.0, cap=8.0)
+                    self.http.before_retry(error, wait_s)
+                    self.http.sleep(wait_s)
+                    url = "" if error.code == "ADDRESS" else url  # it was answered by another thing
+
+    def fresh_address(self, interval_s: float) -> str:
+        """A new address of a finished result; Hedra may need a moment to have one."""
+        for _ in range(10):
+            if url := self.api.result(self.clip.generation_id, self.clip.kind).url:
+                return url
+            self.http.sleep(interval_s)
+        text = f"Hedra gives no address for the finished generation {self.clip.generation_id}"
+        raise ApiError(f"{text}; {LATER}", retryable=True)
 
     def restart(self, etag: str = "") -> None:
         """Begin again from nothing, with a strong ETag or none."""
@@ -2207,10 +2219,10 @@ class Download:
             self.restart(headers.get("ETag", ""))
             length = headers.get("Content-Length", "")
             return int(length) if re.fullmatch(r"\d{1,15}", length) else 0
-        if response.status not in (206, 416):
+        if response.status not in (206, 416):  # this address may have expired, a fresh one not
             text = f"the address of the result answered {response.status}; the clip is paid for"
             wait_s = parse_retry_after(headers.get("Retry-After", ""))
-            raise ApiError(f"{text}; {LATER}", retryable=True, retry_after=wait_s)
+            raise ApiError(f"{text}; {LATER}", retryable=True, retry_after=wait_s, code="ADDRESS")
         shape = r"(\d{1,15})-\d+/(\d{1,15})" if response.status == 206 else r"\*/((\d{1,15}))"
         piece = re.fullmatch(f"bytes {shape}", headers.get("Content-Range", ""))
         etag = self.clip.record.text("etag")
@@ -2247,13 +2259,14 @@ class Download:
                 self.receive(response, total)
         finally:
             end(response)
+        if (size := self.file.tell()) < total:
+            raise ApiError(f"the download was cut at {size:,} bytes; {LATER}", retryable=True)
         self.file.flush()
-        size = self.file.tell()
         if size == (total or size) and (found := inspect_film(self.path, self.clip.kind)):
             return found
         self.restart()
         text = f"what came are {size:,} bytes and not a whole file"
-        raise ApiError(f"{text}; {LATER}", retryable=True)
+        raise ApiError(f"{text}; {LATER}", retryable=True, code="ADDRESS")
 
 
 # ---- making a clip: Studio ----------------------------------------------------------------------
@@ -2266,6 +2279,10 @@ def plain_name(name: str) -> str:
 
 
 LIST = "the list of generations"
+IN_DOUBT = (
+    "not known is whether it was carried out, but nothing is lost: run the same command again, and "
+    "it is paid once"
+)
 FOREIGN = (  # what is at a target and not for us to replace
     "exists and is no video that Hedra made for this folder (edited, or of another origin): it is "
     "left as it is, and this run paid nothing; move it away or give another --out (--force makes, "
@@ -2410,12 +2427,24 @@ class Studio:
         listed = ", ".join(called[name] for name in near) or "none"
         raise InputError(f"there is no voice {asked!r}; nearest: {listed} (`voices` lists all)")
 
+    @functools.cached_property
+    def names(self) -> dict[str, list[str]]:
+        """The names of the takes that lie on the disk, by clip: a first record that is damaged or
+        lost does not lose the others."""
+        found = dict[str, list[str]]()
+        for key, _, name in (key.partition(".") for key in self.ledger.clips()):
+            found.setdefault(key, []).extend([name] * bool(name))
+        return found
+
     def takes(self, key: str) -> list[Record]:
         """The records of all takes of a clip, oldest first: the first one names the others."""
         first = self.ledger.load("clips", key)
-        takes = [self.ledger.load("clips", f"{key}.{name}") for name in first.texts("takes")]
-        for take, name in zip(takes, first.texts("takes"), strict=True):
+        names = dict.fromkeys([*first.texts("takes"), *self.names.get(key, ())])
+        takes = [self.ledger.load("clips", f"{key}.{name}") for name in names]
+        for take, name in zip(takes, names, strict=True):
             take.values.setdefault("take", name)
+        if len(names) > len(first.texts("takes")):
+            takes.sort(key=lambda take: take.number("submitted_at") or math.inf)
         return [first, *takes]
 
     def judge(self, clip: Clip, *, force: bool = False, known: str | None = None) -> str:
@@ -2495,7 +2524,8 @@ class Studio:
         # Of a video that old the jobs API replays nothing: to submit its key again would pay.
         is_lapsed = self.api.replays and time.time() - target.stat().st_mtime > KEPT_S
         is_new = clip.state == NEW or (clip.state == DOUBT and is_lapsed)
-        is_edited = clip.record.part("videos").values and inspect_film(target, clip.kind)
+        is_known = bool(clip.record.part("videos").values)
+        is_edited = is_known and (clip.kind == SPEECH or inspect_film(target))
         if clip.state == DONE or not (is_new or is_edited):
             return
         if not self.ledger.is_ours(video_digest(target)):
@@ -2811,8 +2841,8 @@ class Studio:
         leaves open what happened, look before another."""
         faults, refusals, lost, renewed = 0, 0, False, False
         in_doubt = clip.state == DOUBT and self.api.replays  # it may be paid already
+        self.prepare(clip)
         while True:
-            self.prepare(clip)
             try:
                 return self.api.submit(clip), True
             except (Stopped, StillRunning):  # before anything went out
@@ -2827,23 +2857,25 @@ class Studio:
                     clip.record.save(state=NEW)
                     error.add(f"nothing was paid for the {clip.kind}")
                 if not renewed and (renewed := self.renew(clip, error)):
+                    self.prepare(clip)
                     continue
                 is_limit = isinstance(error, RateLimited)  # of the account, or of a gateway
                 faults, refusals = faults + (not is_limit), refusals + is_limit
                 again = (error.retryable or error.ambiguous) and faults < SUBMIT_TRIES
                 wait_s = error.retry_after or backoff_s(faults, 0.5, cap=8.0)
                 if not again or wait_s > self.http.longest_s():
-                    how = "not known is whether it was carried out, but nothing is lost: run the "
                     if error.ambiguous:
-                        error.add(f"{how}same command again, and it is paid once")
+                        error.add(IN_DOUBT)
                     raise
                 self.http.count("retries")
                 if is_limit and not error.ambiguous:
                     self.view.state(clip, "waiting for a place", error.words)
                     self.await_place(error, refusals)
+                    clip.record.save(sync=True, state="intent")
                 else:
                     self.view.state(clip, "submitting again", f"after: {error.words or error}")
                     self.http.sleep(wait_s)
+                    self.prepare(clip)
 
     def be_patient(self) -> None:
         """As long as a clip of ours is at work a place will be free, and the time that it takes is
@@ -3035,8 +3067,12 @@ class Studio:
             if (there := self.ledger.find(clip, nearby=True)) in ("", clip.place):
                 return bool(there)
             part = hidden(clip.target, clip.generation_id)
-            if there != str(part):
-                shutil.copyfile(there, part)
+            try:
+                if there != str(part):
+                    shutil.copyfile(there, part)
+            except OSError as error:  # which names what was read
+                part.unlink(missing_ok=True)
+                raise OSError(error.errno, error.strerror, str(clip.target)) from error
             if video_digest(part) in clip.digests:
                 self.ledger.put(clip, part)
                 return True
@@ -3049,7 +3085,7 @@ class Studio:
         self.view.state(clip, "downloading", str(clip.target))
         download, length = Download(self.api, clip, self.view), clip.seconds
         try:
-            film = download.run(url)
+            film = download.run(url, self.interval_s)
         except HedraError as error:
             raise self.gone(clip, error) from error
         self.ledger.put(clip, download.path)
@@ -3898,7 +3934,11 @@ def cmd_run(command: Command) -> int:
     """One clip: a batch of one."""
     args, source, text = command.args, run_source(command.args), None
     of_file = bool(args.wav) or args.say.startswith("@")
-    if not args.wav:
+    if args.wav:
+        command.studio.ledger.media(source, "audio")
+    elif args.say == "@":
+        raise InputError("--say @ needs the name of a file, as in --say @news.txt")
+    else:
         text = read_text(source, TEXT_BYTES) if of_file else args.say
     if args.out and not os.path.basename(args.out):
         raise InputError(f"--out {args.out} is a folder: --out-dir takes one")
