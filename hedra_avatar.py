@@ -2720,7 +2720,7 @@ class Studio:
         last = others[-1] if others else first
         if last is first or last.text("state") not in ("", NEW):
             name = os.urandom(8).hex()
-            first.save(takes=[*(take.text("take") for take in others), name])
+            first.save(sync=True, takes=[*(take.text("take") for take in others), name])
             last = Record(first.path.with_name(f"{clip.key}.{name}.json"), {"take": name})
         clip.record = last
 
