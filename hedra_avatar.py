@@ -2162,7 +2162,10 @@ class Ledger:
 
     def clips(self) -> list[str]:
         """The keys of the records of all takes."""
-        return sorted(path.stem for path in self.folder.glob("clips/*.json"))
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder / "clips") as found:
+            names = [entry.name for entry in found if entry.is_file()]
+            return sorted(name[:-5] for name in names if name.endswith(".json") and name[0] != ".")
+        return []
 
 
 # ---- downloading: Download ----------------------------------------------------------------------
@@ -2519,20 +2522,19 @@ class Studio:
         paid, nor fetched again, in place of it. Where the ledger was lost and Hedra may have the
         clip, that is fetched, and what lies there is kept."""
         target, is_speech = clip.target, clip.target.parent == self.ledger.speeches
-        if self.force or is_speech or not size_of(target):
+        if self.force or is_speech or clip.state == DONE or not size_of(target):
             return
         # Of a video that old the jobs API replays nothing: to submit its key again would pay.
         is_lapsed = self.api.replays and time.time() - target.stat().st_mtime > KEPT_S
         is_new = clip.state == NEW or (clip.state == DOUBT and is_lapsed)
         is_known = bool(clip.record.part("videos").values)
         is_edited = is_known and (clip.kind == SPEECH or inspect_film(target))
-        if clip.state == DONE or not (is_new or is_edited):
+        if not (is_new or is_edited) or self.ledger.is_ours(video_digest(target)):
             return
-        if not self.ledger.is_ours(video_digest(target)):
-            if is_new and not clip.generation_id and LIST in self.unread:
-                text = f"whether {target} is of this clip could not be looked up"
-                raise ApiError(f"{text}, and nothing was paid; {LATER}", retryable=True)
-            raise InputError(f"{target} {FOREIGN}", retryable=True)
+        if is_new and not clip.generation_id and LIST in self.unread:
+            text = f"whether {target} is of this clip could not be looked up"
+            raise ApiError(f"{text}, and nothing was paid; {LATER}", retryable=True)
+        raise InputError(f"{target} {FOREIGN}", retryable=True)
 
     def look_for(self, clips: Sequence[Clip]) -> None:
         """Ask in one go whether Hedra has generations that this ledger does not know of."""
@@ -3935,7 +3937,7 @@ def cmd_run(command: Command) -> int:
     args, source, text = command.args, run_source(command.args), None
     of_file = bool(args.wav) or args.say.startswith("@")
     if args.wav:
-        command.studio.ledger.media(source, "audio")
+        command.studio.ledger.media(source, "audio")  # before a portrait is asked for
     elif args.say == "@":
         raise InputError("--say @ needs the name of a file, as in --say @news.txt")
     else:
