@@ -2388,7 +2388,7 @@ class Studio:
         def key_by(voice: str) -> str:
             return digest_of("speech", clip.prompt, voice, model, self.account.id)
 
-        known = self.voice_ids(clip.voice)
+        known = self.voice_memo(clip.voice).texts("ids")
         takes = {voice: self.ledger.load("clips", key_by(voice)) for voice in known}
         said = (voice for voice, take in takes.items() if take.text("state") not in ("", NEW))
         clip.voice = next(said, "") or self.voice(clip.voice)
@@ -2396,14 +2396,11 @@ class Studio:
         if not clip.target.name:
             clip.target = self.ledger.speeches / f"{clip.key}.audio"
 
-    @property
-    def voice_names(self) -> Record:
-        """The ids that voices have had, by their names."""
-        return self.ledger.load("voices", digest_of(self.account.id, self.asked[SPEECH]))
-
-    def voice_ids(self, asked: str) -> list[str]:
-        """What a voice was known as: what it has said stays said, though it has a new id today."""
-        return self.voice_names.part("names").texts(plain_name(asked)) if asked else []
+    def voice_memo(self, asked: str) -> Record:
+        """The ids that a voice was known by: what it has said stays said, though it has a new id
+        today."""
+        name = digest_of(self.account.id, self.asked[SPEECH], plain_name(asked))
+        return self.ledger.load("voices", name)
 
     def voice(self, asked: str) -> str:
         """The id of a voice that is asked for by name, whatever its case, or id; raises InputError
@@ -2419,8 +2416,8 @@ class Studio:
         found = [voice.id for voice in voices if voice.id == asked][:1] or list(named)
         if len(found) == 1:
             if UUID_SHAPE.search(found[0]):
-                memo, ids = self.voice_names, dict.fromkeys([*found, *self.voice_ids(asked)])
-                memo.save(names={**memo.part("names").values, wanted: [*ids]})
+                memo = self.voice_memo(asked)
+                memo.save(name=wanted, ids=[*dict.fromkeys([*found, *memo.texts("ids")])])
             return found[0]
         if found:
             which = f"voices named {asked!r}: {', '.join(found)}"
