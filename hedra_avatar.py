@@ -3333,6 +3333,7 @@ def get_voices(api_key: str, *, speech_model: str = "", environ: Environ = None)
 # ---- folders: clip_of, folder_clip, table, Command ----------------------------------------------
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+OF_A_CLIP = (*IMAGE_SUFFIXES, ".txt", ".voice.txt")  # what may lie beside its recording
 SOUND_SUFFIXES = (".wav", ".mp3", ".m4a", ".flac", ".ogg", ".aif", ".aiff")
 SAY_SUFFIX = ".say.txt"
 ENDLESS = (".mp3", ".m4a", ".flac", ".ogg")  # they need not tell where they end
@@ -3360,29 +3361,22 @@ def stem_of(name: str) -> str:
     return name[: -len(SAY_SUFFIX)] if said else name.rpartition(".")[0] or name
 
 
-def beside(source: Path, suffixes: Sequence[str], names: Names) -> list[Path]:
+def beside(source: Path, names: Names, suffixes: Sequence[str] = OF_A_CLIP) -> list[Path]:
     """The files beside a recording that have its name and one of some suffixes."""
-    stem = stem_of(source.name)
-    wanted = [stem + suffix for suffix in suffixes]
+    wanted = [stem_of(source.name) + suffix for suffix in suffixes]
     found = [names.get(name) or names.get(name.lower()) for name in wanted]
     return [source.parent / name for name in found if name and name != source.name]
 
 
-def files_of(folder: Path, sources: Sequence[str], names: Names) -> list[Path]:
-    """The recordings or the text of a clip, and what lies beside them."""
-    files = [folder / name for name in sources]
-    return files + beside(files[0], (*IMAGE_SUFFIXES, ".txt", ".voice.txt"), names)
-
-
-def source_names(names: Names) -> dict[str, list[str]]:
+def find_sources(folder: Path, names: Names) -> dict[str, list[Path]]:
     """By the name of a clip its recordings, or else the text to be spoken; no hidden files."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[Path]] = {}
     for suffixes in (SOUND_SUFFIXES, (SAY_SUFFIX,)):
         taken = set(found)
         for name in sorted(set(names.values())):
             is_one = name.lower().endswith(suffixes) and name[0] != "."
             if is_one and (stem := stem_of(name)) not in taken:
-                found.setdefault(stem, []).append(name)
+                found.setdefault(stem, []).append(folder / name)
     return dict(sorted(found.items()))
 
 
@@ -3458,7 +3452,7 @@ def clip_of(
     """A clip from its recording or text (or a `text` in place of a file) and what lies beside it;
     in run a flag wins over that. Raises InputError without a portrait, and while one of its files
     is being written."""
-    files = files_of(source.parent, [source.name], names) if names else []
+    files = [source, *beside(source, names)] if names else []
     is_drop = args.command == "watch"
     busy = (file for file in files if is_being_written(file, still_s(file) * is_drop))
     if file := next(busy, None):
@@ -3466,7 +3460,7 @@ def clip_of(
         raise InputError(text, unfinished=True, is_open=True)
 
     def chosen(suffixes: Sequence[str], flag: str, fallback: str = "") -> str:
-        found = beside(source, suffixes, names)
+        found = beside(source, names, suffixes)
         texts = [str(f) if suffixes is IMAGE_SUFFIXES else read_text(f) for f in found]
         ranked = [flag, *texts] if args.command == "run" else [*texts, flag]
         return next((choice for choice in [*ranked, fallback] if choice.strip()), "")
@@ -3802,10 +3796,10 @@ class Watcher:
         if (text := ignored_text(names)) not in self.told:
             self.told.add(text)
             self.view.say(text)
-        found = source_names(names)
+        found = find_sources(self.folder, names)
         self.waits = {stem: w for stem, w in self.waits.items() if stem in found or w.busy}
         for stem, sources in found.items():
-            files, wait = files_of(self.folder, sources, names), self.waits.get(stem)
+            files, wait = [*sources, *beside(sources[0], names)], self.waits.get(stem)
             sign = " ".join(map(signature, files))
             changed = wait and wait.why and wait.portrait != self.portrait
             if not wait or ((changed or wait.sign != sign) and not wait.busy):
@@ -3813,7 +3807,7 @@ class Watcher:
                 wait = self.waits[stem] = Wait(sign, now + rest_s, wait.why if wait else "")
                 wait.portrait = self.portrait
             if now >= wait.due and not wait.busy:
-                clip = folder_clip(files[: len(sources)], self.args, names)
+                clip = folder_clip(sources, self.args, names)
                 wait.busy, wait.due, wait.portrait = True, math.inf, self.portrait
                 wait.begun = now
                 self.pool.submit(self.work, clip, wait)
@@ -3950,10 +3944,8 @@ def cmd_batch(command: Command, patience_s: float = 0.0) -> int:
     folder, view, until = Path(command.args.folder), command.view, time.monotonic() + patience_s
     while True:
         names = folder_names(folder)
-        clips = [
-            folder_clip([folder / name for name in sources], command.args, names)
-            for sources in source_names(names).values()
-        ]
+        found = find_sources(folder, names).values()
+        clips = [folder_clip(sources, command.args, names) for sources in found]
         is_busy = any(getattr(clip.error, "is_open", False) for clip in clips)
         if not is_busy or time.monotonic() >= until:
             break
