@@ -3888,14 +3888,12 @@ class Watcher:
 def is_final(clip: Clip, error: Exception, refusals: int) -> bool:
     """Whether a clip as it is will never be made: its files, or what Hedra says of them; what Hedra
     calls transient gets a few takes."""
-    told = isinstance(error, ApiError) and not (error.retryable or error.ambiguous)
-    refused = told and getattr(error, "status", 0) in (400, 413, 415, 422)
-    refused = refused and not clip.generation_id
-    if refused or getattr(error, "code", "") == "EXPIRED":
-        return True
-    if not isinstance(error, InputError | GenerationFailed) or isinstance(error.__cause__, OSError):
+    if not isinstance(error, HedraError) or isinstance(error.__cause__, OSError):
         return False
-    return not (error.unfinished or (error.retryable and refusals < TRIES))
+    refused = error.status in (400, 413, 415, 422) and not (error.ambiguous or clip.generation_id)
+    is_its_own = refused or isinstance(error, InputError | GenerationFailed)
+    passes = error.unfinished or (error.retryable and refusals < TRIES)
+    return error.code == "EXPIRED" or (is_its_own and not passes)
 
 
 def notify_systemd(message: str) -> None:
