@@ -2093,26 +2093,25 @@ class Ledger:
         self.seen[kind, name, sign] = media
         return media
 
-    def place(self, clip: Clip) -> str:
-        """A target's name in the ledger: from the cache's own folder on, as both may be moved."""
-        return clip.place.removeprefix(self.home + os.sep)
+    def place(self, file: str) -> str:
+        """Its name in the ledger: from the cache's own folder on, as both may be moved."""
+        return file.removeprefix(self.home + os.sep)
 
     def find(self, clip: Clip, *, nearby: bool = False) -> str:
         """Where a take's result lies whole on this disk: at the target, or where it once was; or,
         `nearby`, under any name beside those; "" for nowhere."""
-        places, seen = clip.record.part("videos"), clip.record.part("seen")
+        places, seen = clip.record.part("videos").values, clip.record.part("seen")
         if not (digests := clip.digests):
             return ""
-        files = {self.place(clip): clip.place}
-        for place in places.values:
-            files.setdefault(place, place if place[:1] == "/" else f"{self.home}/{place}")
-        for folder in {os.path.dirname(file) for file in files.values()} if nearby else ():
-            files |= {str(file): str(file) for file in Path(folder).glob("*.mp4")}
-        files |= {digest: f"{self.kept}/{digest}.mp4" for digest in digests}
-        files[""] = str(hidden(clip.target, clip.generation_id))  # it came, and got no name
-        for place, file in files.items():
+        files = [clip.place]
+        files += [place if place[:1] == "/" else f"{self.home}/{place}" for place in places]
+        for folder in {*map(os.path.dirname, files)} if nearby else ():
+            files += map(str, Path(folder).glob("*.mp4"))
+        files += [f"{self.kept}/{digest}.mp4" for digest in digests]
+        files += [str(hidden(clip.target, clip.generation_id))]  # it came, and got no name
+        for file in dict.fromkeys(files):
             with contextlib.suppress(OSError, InputError):
-                is_it = seen.text(place) == (signature(file) or "gone")
+                is_it = seen.text(self.place(file)) == (signature(file) or "gone")
                 if is_it or video_digest(Path(file)) in digests:
                     return file
         return ""
@@ -2120,7 +2119,7 @@ class Ledger:
     def put(self, clip: Clip, draft: Path) -> None:
         """Rename what was brought to the target. What it is is written down first, should that be
         the last we do; on a full disk the video is worth more than the note."""
-        videos = {**clip.record.part("videos").values, self.place(clip): video_digest(draft)}
+        videos = {**clip.record.part("videos").values, self.place(clip.place): video_digest(draft)}
         with contextlib.suppress(OSError):
             clip.record.save(videos=videos)
         self.spare(clip)
@@ -2129,7 +2128,7 @@ class Ledger:
     def keep(self, clip: Clip, **changes: Any) -> None:
         """Write down that a take's result lies at the target. A video is as old as the look at what
         it is made of: make is satisfied, and a file that has changed since is newer."""
-        record, place = clip.record, self.place(clip)
+        record, place = clip.record, self.place(clip.place)
         with contextlib.suppress(OSError):
             try:
                 os.utime(clip.target, (clip.looked, clip.looked) if clip.looked else None)
