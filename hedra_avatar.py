@@ -3716,11 +3716,10 @@ class Wait:
     """When something is tried (again), and what was said of it; `sign`: how its files look."""
 
     tries, refusals, busy = 0, 0, False
-    portrait = ""  # how the one that clips share looked
-    begun = 0.0  # when it was tried last
 
     def __init__(self, sign: str = "", due: float = 0.0, why: str = "") -> None:
-        self.sign, self.due, self.why, self.since = sign, due, why, time.monotonic()
+        self.sign, self.due, self.why = sign, due, why
+        self.since = self.begun = time.monotonic()  # the second: when it was tried last
 
     def later(self) -> None:
         """The next pause: the same for a while, then twice as long each time."""
@@ -3742,7 +3741,8 @@ class Watcher:
         self.studio, self.folder = command.studio, Path(self.args.folder)
         self.pool, self.lock = open_pool(self.args.jobs), threading.Lock()
         self.bell, self.told = threading.Event(), {""}
-        self.waits, self.outage, self.portrait = dict[str, Wait](), Wait(), ""
+        self.waits, self.outage = dict[str, Wait](), Wait()
+        self.portrait, self.portrait_at = "", 0.0  # how the one that clips share looks, since when
 
     def dispatch(self, event: Any) -> None:
         """An event of watchdog's, in its thread. That we read a file is none."""
@@ -3759,10 +3759,10 @@ class Watcher:
                 there = os.stat(f"{self.folder}/").st_ino  # the slash: of a folder only
             if there != inode:
                 inode, rescan_at = self.attach(observer, there), 0.0
-            if (portrait := signature(self.args.img or self.args.fallback)) != self.portrait:
-                self.portrait = portrait
-                self.bell.set()
             now = time.monotonic()
+            if (portrait := signature(self.args.img or self.args.fallback)) != self.portrait:
+                self.portrait, self.portrait_at = portrait, now
+                self.bell.set()
             due = min((wait.due for wait in self.waits.values()), default=math.inf)
             rung = self.bell.is_set() or now >= min(due, rescan_at)
             if inode and rung and now >= self.outage.due:
@@ -3800,15 +3800,13 @@ class Watcher:
         for stem, sources in found.items():
             files, wait = [*sources, *beside(sources[0], names)], self.waits.get(stem)
             sign = " ".join(map(signature, files))
-            changed = wait and wait.why and wait.portrait != self.portrait
-            if not wait or ((changed or wait.sign != sign) and not wait.busy):
+            changed = wait and (wait.sign != sign or (wait.why and wait.begun < self.portrait_at))
+            if not wait or (changed and not wait.busy):
                 rest_s = max(map(still_s, files))
                 wait = self.waits[stem] = Wait(sign, now + rest_s, wait.why if wait else "")
-                wait.portrait = self.portrait
             if now >= wait.due and not wait.busy:
                 clip = folder_clip(sources, self.args, names)
-                wait.busy, wait.due, wait.portrait = True, math.inf, self.portrait
-                wait.begun = now
+                wait.busy, wait.due, wait.begun = True, math.inf, now
                 self.pool.submit(self.work, clip, wait)
 
     def make(self, clip: Clip) -> None:
