@@ -3464,6 +3464,9 @@ def clip_of(
         ranked = [flag, *texts] if args.command == "run" else [*texts, flag]
         return next((choice for choice in [*ranked, fallback] if choice.strip()), "")
 
+    is_text = args.say if args.command == "run" else source.name.lower().endswith(SAY_SUFFIX)
+    if text is None and is_text:
+        text = read_text(source, TEXT_BYTES)
     name = stem_of(source.name)
     if not (image := chosen(IMAGE_SUFFIXES, args.img, args.fallback)):
         ways = f"put {name}.png beside it, give --img FILE, or set FRIEND_IMG"
@@ -3474,8 +3477,6 @@ def clip_of(
         prompt=chosen([".txt"], args.prompt, DEFAULT_PROMPT).strip(),
         resolution=args.resolution, aspect_ratio=args.aspect_ratio,
     )
-    if text is None and args.command != "run" and source.name.lower().endswith(SAY_SUFFIX):
-        text = read_text(source, TEXT_BYTES)
     if text is not None:
         clip.speech = Clip(f"{name} (speech)", Path(), prompt=text.strip(), kind=SPEECH)
         clip.speech.voice = chosen([".voice.txt"], args.HEDRA_VOICE or "", args.voice).strip()
@@ -3920,18 +3921,14 @@ def run_source(args: argparse.Namespace) -> Path:
 
 def cmd_run(command: Command) -> int:
     """One clip: a batch of one."""
-    args, source, text = command.args, run_source(command.args), None
-    of_file = bool(args.wav) or args.say.startswith("@")
+    args, source = command.args, run_source(command.args)
     if args.wav:
         command.studio.ledger.media(source, "audio")  # before a portrait is asked for
-    elif args.say == "@":
-        raise InputError("--say @ needs the name of a file, as in --say @news.txt")
-    else:
-        text = read_text(source, TEXT_BYTES) if of_file else args.say
     if args.out and not os.path.basename(args.out):
         raise InputError(f"--out {args.out} is a folder: --out-dir takes one")
-    names = folder_names(source.parent) if of_file else {}
-    return command.batch([clip_of(source, args, names, text)])
+    if args.say and args.say[0] != "@":
+        return command.batch([clip_of(source, args, {}, args.say)])
+    return command.batch([clip_of(source, args, folder_names(source.parent))])
 
 
 def cmd_batch(command: Command, patience_s: float = 0.0) -> int:
