@@ -3445,18 +3445,16 @@ def is_being_written(file: Path, rest_s: float = 0.0) -> bool:
     return False
 
 
-def clip_of(
-    source: Path, args: argparse.Namespace, names: Names, text: str | None = None
-) -> Clip:
-    """A clip from its recording or text (or a `text` in place of a file) and what lies beside it;
-    in run a flag wins over that. Raises InputError without a portrait, and while one of its files
-    is being written."""
+def clip_of(source: Path, args: argparse.Namespace, names: Names) -> Clip:
+    """A clip from its recording or text (which in run may be no file) and what lies beside it; in
+    run a flag wins over that. Raises InputError without a portrait, and while one of its files is
+    being written."""
     files = [source, *beside(source, names)] if names else []
     is_drop = args.command == "watch"
     busy = (file for file in files if is_being_written(file, still_s(file) * is_drop))
     if file := next(busy, None):
-        text = f"{file} is still being written: nothing is sent before that program has closed it"
-        raise InputError(text, unfinished=True, is_open=True)
+        why = f"{file} is still being written: nothing is sent before that program has closed it"
+        raise InputError(why, unfinished=True, is_open=True)
 
     def chosen(suffixes: Sequence[str], flag: str, fallback: str = "") -> str:
         found = beside(source, names, suffixes)
@@ -3464,10 +3462,9 @@ def clip_of(
         ranked = [flag, *texts] if args.command == "run" else [*texts, flag]
         return next((choice for choice in [*ranked, fallback] if choice.strip()), "")
 
-    is_text = args.say if args.command == "run" else source.name.lower().endswith(SAY_SUFFIX)
-    if text is None and is_text:
-        text = read_text(source, TEXT_BYTES)
-    name = stem_of(source.name)
+    name, is_text = stem_of(source.name), source.name.lower().endswith(SAY_SUFFIX)
+    says = args.say if args.command == "run" else "@" * is_text  # @: what the file says
+    text = read_text(source, TEXT_BYTES) if says[:1] == "@" else says
     if not (image := chosen(IMAGE_SUFFIXES, args.img, args.fallback)):
         ways = f"put {name}.png beside it, give --img FILE, or set FRIEND_IMG"
         raise InputError(f"{source} has no portrait: {ways}")
@@ -3477,7 +3474,7 @@ def clip_of(
         prompt=chosen([".txt"], args.prompt, DEFAULT_PROMPT).strip(),
         resolution=args.resolution, aspect_ratio=args.aspect_ratio,
     )
-    if text is not None:
+    if says:
         clip.speech = Clip(f"{name} (speech)", Path(), prompt=text.strip(), kind=SPEECH)
         clip.speech.voice = chosen([".voice.txt"], args.HEDRA_VOICE or "", args.voice).strip()
         clip.audio = Path()
@@ -3926,9 +3923,9 @@ def cmd_run(command: Command) -> int:
         command.studio.ledger.media(source, "audio")  # before a portrait is asked for
     if args.out and not os.path.basename(args.out):
         raise InputError(f"--out {args.out} is a folder: --out-dir takes one")
-    if args.say and args.say[0] != "@":
-        return command.batch([clip_of(source, args, {}, args.say)])
-    return command.batch([clip_of(source, args, folder_names(source.parent))])
+    is_file = args.wav or args.say.startswith("@")
+    names = folder_names(source.parent) if is_file else {}
+    return command.batch([clip_of(source, args, names)])
 
 
 def cmd_batch(command: Command, patience_s: float = 0.0) -> int:
