@@ -4237,10 +4237,6 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
 
 
 if __name__ == "__main__":
-    STATUS = main()
-    for STREAM in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            STREAM.flush()
     # Threads that still wait for Hedra are no reason to wait, and may crash an interpreter that
-    # takes itself apart around them; what they do is in the ledger.
-    os._exit(STATUS)
+    # takes itself apart around them; what they do is in the ledger. All that was written is out.
+    os._exit(main())
