@@ -3761,9 +3761,8 @@ class Watcher:
             if (portrait := signature(self.args.img or self.args.fallback)) != self.portrait:
                 self.portrait, self.portrait_at = portrait, now
                 self.bell.set()
-            due = min((wait.due for wait in self.waits.values()), default=math.inf)
-            rung = self.bell.is_set() or now >= min(due, rescan_at)
-            if inode and rung and now >= self.outage.due:
+            due = min([rescan_at, *(wait.due for wait in self.waits.values())])
+            if inode and (self.bell.is_set() or now >= due) and now >= self.outage.due:
                 self.bell.clear()  # before the folder is listed: what comes meanwhile rings again
                 rescan_at = now + RESCAN_S
                 with contextlib.suppress(OSError, InputError):  # the folder went away just now
