@@ -2081,9 +2081,8 @@ class Ledger:
             record.number("seconds"), record.text("digest"),
         )
         timed = kind == "image" or MIN_SECONDS <= (media.seconds or 0) <= MAX_SECONDS
-        known = bool(timed and re.fullmatch("[0-9a-f]{32}", media.digest))
-        known &= bool(sign) and record.text("signature") == sign
-        if not known or not media.content_type.startswith(kind):
+        fits = media.content_type.startswith(kind) and re.fullmatch("[0-9a-f]{32}", media.digest)
+        if not (timed and fits and sign and record.text("signature") == sign):
             media = inspect_file(file, kind)._replace(digest=content_digest(file))
             if sign != signature(name):
                 text = f"{file} changes while it is read; run it again later"
