@@ -4161,9 +4161,8 @@ def supervise(work: Callable[[Command], int], command: Command) -> int:
     caught: list[int] = []  # and not an exception, which a callback might swallow
     is_main = threading.current_thread() is threading.main_thread()
     signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP] if is_main else []
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as nohup wants it
-        signals = signals[:2]
-    before = {n: signal.signal(n, lambda number, frame: caught.append(number)) for n in signals}
+    heeded = [n for n in signals if signal.getsignal(n) is not signal.SIG_IGN]  # nohup's is not
+    before = {n: signal.signal(n, lambda number, frame: caught.append(number)) for n in heeded}
     try:
         future = ThreadPoolExecutor(1).submit(work, command)
         while not caught and not wait([future], 0.1).done:
