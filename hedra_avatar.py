@@ -3368,14 +3368,12 @@ def beside(source: Path, names: Names, suffixes: Sequence[str] = OF_A_CLIP) -> l
 
 def find_sources(folder: Path, names: Names) -> dict[str, list[Path]]:
     """By the name of a clip its recordings, or else the text to be spoken; no hidden files."""
-    found: dict[str, list[Path]] = {}
-    for suffixes in (SOUND_SUFFIXES, (SAY_SUFFIX,)):
-        taken = set(found)
-        for name in sorted(set(names.values())):
-            is_one = name.lower().endswith(suffixes) and name[0] != "."
-            if is_one and (stem := stem_of(name)) not in taken:
-                found.setdefault(stem, []).append(folder / name)
-    return dict(sorted(found.items()))
+    sounds, texts = dict[str, list[Path]](), dict[str, list[Path]]()
+    for name in sorted(set(names.values())):
+        if name.lower().endswith((*SOUND_SUFFIXES, SAY_SUFFIX)) and name[0] != ".":
+            found = texts if name.lower().endswith(SAY_SUFFIX) else sounds
+            found.setdefault(stem_of(name), []).append(folder / name)
+    return dict(sorted((texts | sounds).items()))
 
 
 def ignored_text(names: Names) -> str:
