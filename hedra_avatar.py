@@ -1887,8 +1887,8 @@ class View:
 
     def __init__(self, where: Literal["", "log", "terminal"] = "", verbose: bool = False) -> None:
         self.where, self.verbose, self.lock = where, verbose, threading.RLock()
-        self.lines, self.closed = dict[Clip, float](), threading.Event()  # since when
-        self.batch, self.begun = Clip("", Path()), time.monotonic()
+        self.closed, self.whole = threading.Event(), Clip("", Path())  # what all clips are at
+        self.lines = {self.whole: time.monotonic()}  # since when; the first at the bottom
         if where == "terminal":
             self.tqdm, self.trim = need("tqdm").tqdm, need("tqdm.utils").disp_trim
             threading.Thread(target=self.tick, daemon=True).start()
@@ -1956,13 +1956,13 @@ class View:
         """Draw the moving lines, as many as fit, or take them off the terminal."""
         if self.where != "terminal" or self.closed.is_set():
             return
-        (columns, room), lines, batch = screen_size(sys.stderr), [*self.lines.items()], self.batch
+        (columns, room), whole = screen_size(sys.stderr), self.whole
         if self.clips:
             failures = f"{self.failed} failed" * bool(self.failed)
-            batch.note = ", ".join(word for word in (self.spent, failures) if word)
-            batch.shown, batch.share = f"{self.done}/{self.clips} clips", self.done / self.clips
-            lines = [*lines[: max(1, room - 2)], (batch, self.begun)]
-        lines = [] if erase else lines[: max(1, room - 1)]
+            whole.note = ", ".join(word for word in (self.spent, failures) if word)
+            whole.shown, whole.share = f"{self.done}/{self.clips} clips", self.done / self.clips
+        lines = [] if erase else [item for item in self.lines.items() if item[0].shown]
+        lines = lines[: max(1, room - 1)][::-1]
         rows = [self.row(clip, since, max(20, columns - 1)) for clip, since in lines]
         if rows or self.drawn:
             up = f"\r\x1b[{self.drawn}A" if self.drawn else ""
@@ -3581,11 +3581,9 @@ class Command:
         self.untold += () if args.dry_run else clips
         alone = args.command == "run"  # as make runs it, which wants a new time whatever the reason
         with studio.http.until(deadline):
-            start = Clip(args.command, Path())
-            if self.view.where == "terminal":
-                self.view.state(start, "looks at files and prices")
+            self.view.whole.shown = "looks at files and prices"
             studio.plan(clips)
-            self.view.leave(start)
+            self.view.whole.shown = ""
             if args.dry_run:
                 return self.show_plan(clips)
             try:
