@@ -3563,7 +3563,7 @@ class Command:
     def __init__(self, args: argparse.Namespace, environ: Mapping[str, str], view: View) -> None:
         self.args, self.environ, self.view, self.stop = args, environ, view, threading.Event()
         self.key = setting(environ, "HEDRA_API_KEY")
-        self.untold: list[Clip] = []  # of a batch: their results have not been printed
+        self.untold: Sequence[Clip] = ()  # of a batch: their results have not been printed
 
     @functools.cached_property
     def studio(self) -> Studio:
@@ -3578,7 +3578,7 @@ class Command:
     def batch(self, clips: Sequence[Clip]) -> int:
         """Plan, afford, make, report; the exit status. With --dry-run only the plan is shown."""
         studio, args, deadline = self.studio, self.args, time.monotonic() + self.args.timeout
-        self.untold += () if args.dry_run else clips
+        self.untold = [] if args.dry_run else clips
         alone = args.command == "run"  # as make runs it, which wants a new time whatever the reason
         with studio.http.until(deadline):
             self.view.whole.shown = "looks at files and prices"
@@ -3603,7 +3603,8 @@ class Command:
                 todo.append(clip)
         with open_pool(args.jobs) as pool:
             list(pool.map(self.make, todo))
-        self.settle(clips)
+        studio.settle(clips)
+        self.tell(clips)
         self.view.close()
         return self.tell_end(clips)
 
@@ -3657,18 +3658,13 @@ class Command:
         if not self.args.json and not clip.error:
             view.result(str(clip.target))
 
-    def settle(self, clips: Sequence[Clip]) -> None:
-        """What Hedra has billed, and the results that waited for it."""
-        self.studio.settle(clips)
-        self.untold.clear()
+    def tell(self, clips: Sequence[Clip], end: Exception | None = None) -> None:
+        """Print results as objects, where they are wanted so; with what has put an `end` to a batch
+        those of the clips that were still to come as well."""
+        self.untold = []
         for clip in clips if self.args.json else ():
-            self.view.result(json.dumps(outcome(clip, self.studio.api.unit)))
-
-    def tell_rest(self, error: Exception) -> None:
-        """The results of a batch that was stopped, and what became of the others."""
-        for clip in self.untold:
-            if not clip.error and not clip.spent_s and clip.state != DONE:
-                clip.error = error
+            if not (clip.error or clip.spent_s or clip.state == DONE):
+                clip.error = end
             self.view.result(json.dumps(outcome(clip, self.studio.api.unit)))
 
     def tell_end(self, clips: Sequence[Clip]) -> int:
@@ -3846,7 +3842,8 @@ class Watcher:
             self.view.say(f"{clip.name}: failed: {wait.why}", always=True)
         if not same if error else clip.state != DONE:
             self.command.report(clip)
-            self.command.settle([clip])
+            self.studio.settle([clip])
+            self.command.tell([clip])
         elif not error:
             self.studio.settle([clip])  # a stop may have left a bill open
 
@@ -3859,8 +3856,7 @@ class Watcher:
                 sign = f"{type(error).__name__} {getattr(error, 'status', None)}"
                 if outage.sign != sign:  # it begins, or for another reason goes on
                     self.view.say(f"{clip.name}: {explain(error)}", always=True)
-                    if self.args.json:
-                        self.view.result(json.dumps(outcome(clip, self.studio.api.unit)))
+                    self.command.tell([clip])
                     self.view.say("waiting until that is over; clips that come meanwhile are kept")
                 if time.monotonic() >= outage.due:  # else another clip has met it just now
                     outage.later()
@@ -4220,8 +4216,8 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
         status, error = 1, failure
     finally:
         view.close()
-    if args.json and command:
-        command.tell_rest(error)
+    if command:
+        command.tell(command.untold, error)
     if args.json and not view.results:  # else it has been told of the clip
         name = stem_of(run_source(args).name) if args.command == "run" else args.command
         view.result(json.dumps(outcome(Clip(name, Path(), error=error), None)))
