@@ -4180,8 +4180,7 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
         if ended.code and "--json" in argv:
             name = next((word for word in argv if word in COMMANDS), "")
             error = InputError(told.getvalue().partition(": error: ")[2].strip())
-            text = json.dumps(outcome(Clip(name, Path(), error=error), None))
-            written(sys.stdout, f"{text}\n")
+            View().result(json.dumps(outcome(Clip(name, Path(), error=error), None)))
         raise
 
 
