@@ -1870,11 +1870,10 @@ def complain(text: str) -> None:
 
 def screen_size(stream: Any) -> os.terminal_size:
     """Columns and lines of the terminal that a stream is; no columns where nothing can move."""
-    if not (stream and stream.isatty()) or os.environ.get("TERM") == "dumb":
-        return os.terminal_size((0, 0))
-    with contextlib.suppress(OSError, ValueError):
-        return os.get_terminal_size(stream.fileno())
-    return os.terminal_size((80, 24))
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: no stream
+        if stream.isatty() and os.environ.get("TERM") != "dumb":
+            return os.get_terminal_size(stream.fileno())
+    return os.terminal_size((0, 0))
 
 
 class View:
