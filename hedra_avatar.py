@@ -3728,7 +3728,7 @@ class Watcher:
         self.command, self.args, self.view = command, command.args, command.view
         self.studio, self.folder = command.studio, Path(self.args.folder)
         self.pool, self.lock = open_pool(self.args.jobs), threading.Lock()
-        self.bell, self.told = threading.Event(), {""}
+        self.bell, self.say_once = threading.Event(), functools.cache(self.view.say)
         self.waits, self.outage = dict[str, Wait](), Wait()
         self.portrait, self.portrait_at = "", 0.0  # how the one that clips share looks, since when
 
@@ -3779,9 +3779,8 @@ class Watcher:
     def look_round(self) -> None:
         """Take what has come to rest or is due again: of all else the files' times are read."""
         names, now = folder_names(self.folder), time.monotonic()
-        if (text := ignored_text(names)) not in self.told:
-            self.told.add(text)
-            self.view.say(text)
+        if text := ignored_text(names):
+            self.say_once(text)
         found = find_sources(self.folder, names)
         self.waits = {stem: w for stem, w in self.waits.items() if stem in found or w.busy}
         for stem, sources in found.items():
