@@ -3911,7 +3911,7 @@ def cmd_run(command: Command) -> int:
         command.studio.ledger.media(source, "audio")  # before a portrait is asked for
     if args.out and not os.path.basename(args.out):
         raise InputError(f"--out {args.out} is a folder: --out-dir takes one")
-    is_file = args.wav or args.say.startswith("@")
+    is_file = (args.wav or args.say.startswith("@")) and source.exists()
     names = folder_names(source.parent) if is_file else {}
     return command.batch([clip_of(source, args, names)])
 
