@@ -573,7 +573,7 @@ def video_digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-# ---- replies: Reply, parse_status, parse_model, parse_price, parse_error, Record, Clip ----------
+# ---- replies: Reply, parse_status, parse_price, choose_model, parse_error, Record, Clip ---------
 
 QUEUED, PROCESSING, FINALIZING = "queued", "processing", "finalizing"
 COMPLETE, FAILED = ENDED = ("complete", "failed")
@@ -667,18 +667,6 @@ class Status(NamedTuple):
     is_of_it: bool = False
 
 
-class Model(NamedTuple):
-    """An entry of the catalogue, as far as a clip needs it; `row` is the entry in its own words."""
-
-    id: str
-    slug: str = ""
-    name: str = ""
-    resolutions: Sequence[str] = ()
-    aspect_ratios: Sequence[str] = ()
-    max_seconds: float | None = None
-    row: Reply = Reply({})
-
-
 class Balance(NamedTuple):
     """What an account can spend; `unit` is "credits" or "USD"."""
 
@@ -743,15 +731,6 @@ def parse_status(reply: Reply, name: str = "") -> Status:
     )
 
 
-def parse_model(row: Reply) -> Model:
-    """One row of the v2 catalogue; ids may be null there, then the slug is the id."""
-    slug, limit = row.text("slug"), row.number("max_duration_ms")
-    return Model(
-        row.text("id", "slug"), slug, row.text("name") or slug, row.texts("resolutions"),
-        row.texts("aspect_ratios"), limit / 1000 if limit and limit > 0 else None, row,
-    )
-
-
 def parse_price(row: Reply, seconds: float, resolution: str, characters: int = 0) -> float | None:
     """Credits by a v2 catalogue entry, or None where it does not tell or cannot be right."""
     pricing, details = row.part("pricing"), row.part("price_details")
@@ -767,9 +746,9 @@ def parse_price(row: Reply, seconds: float, resolution: str, characters: int = 0
     return math.ceil(cost - 1e-6) if 0 <= (cost := factor * units) < 1e15 else None
 
 
-def choose_model(rows: Sequence[Reply], asked: str = "") -> Model | None:
-    """The row that was asked for by id or slug, else Character 3, else None. Rows once had
-    `ai_model_type` and `status`; today's have neither and are told by slug or name."""
+def choose_model(rows: Sequence[Reply], asked: str = "") -> Reply:
+    """The row that was asked for by id or slug, else Character 3; an empty one for none. Rows once
+    had `ai_model_type` and `status`; today's have neither and are told by slug or name."""
     if asked:
         name = asked.lower()
         found = [row for row in rows if name in (row.text("id").lower(), row.text("slug").lower())]
@@ -780,7 +759,7 @@ def choose_model(rows: Sequence[Reply], asked: str = "") -> Model | None:
             if re.search(r"\bcharacter-3$", re.sub(r"[\s_]+", "-", row.text(name).lower()))
             and row.text("id", "slug")
         ]
-    return parse_model(found[0]) if found else None
+    return found[0] if found else Reply({})
 
 
 def error_words(body: Any) -> tuple[Reply, str]:
@@ -919,7 +898,7 @@ class Clip:
     speech: Clip | None = None
     settings: Mapping[str, Any] = {}
     portrait = recording = Media()
-    model = Model("")
+    model = Reply({})  # an entry of the catalogue
     state = NEW
     looked = 0.0  # when its files were looked at: the video's time, so that a later file is newer
     key = other_key = found = ""  # by which the ledger has it; the id that Hedra has it under
@@ -1505,10 +1484,10 @@ class WebApi:
     def model(
         self, asked: str = "", kind: str = VIDEO, *, max_age_s: float = math.inf,
         known_only: bool = False,
-    ) -> Model:
-        """The model asked for, or Character 3 (or the one that speaks): as remembered in
-        `.cache/model_id`, else looked up (an empty one if `known_only`) and, if it can be right,
-        remembered."""
+    ) -> Reply:
+        """The catalogue's entry of the model asked for, or of Character 3 (or what speaks): as
+        remembered in `.cache/model_id`, else (but not if `known_only`) looked up and, if it can be
+        right, remembered. What is not listed has just a name: the submit has the last word."""
         memo = Record(self.http.account.cache / "model_id")
         with contextlib.suppress(OSError, ValueError):
             memo = Record(memo.path, read_json(memo.path.read_bytes()))
@@ -1516,29 +1495,27 @@ class WebApi:
         row, at = memo.part(name).part("model"), memo.part(name).number("at") or -math.inf
         row.values |= row.part("price").values  # as the first version had it
         if row.text("id", "slug") and time.time() - at < max_age_s:
-            return parse_model(row)
-        if known_only:
-            return Model("")
-        model = self.listed(asked, kind)
+            return row
+        if known_only or not (model := self.listed(asked, kind)).values:
+            return Reply({"id" if UUID_SHAPE.fullmatch(asked) else "slug": asked})
         # A row of the old kind has no prices at all; one whose prices make none is wrong.
-        bare = not model.row.values.keys() & {"pricing", "price_details"}
-        if model.id and (bare or parse_price(model.row, 1.0, "540p") is not None):
-            memo.values[name] = {"at": int(time.time()), "model": model.row.values}
+        bare = not model.values.keys() & {"pricing", "price_details"}
+        if model.text("id", "slug") and (bare or parse_price(model, 1.0, "540p") is not None):
+            memo.values[name] = {"at": int(time.time()), "model": model.values}
             with contextlib.suppress(OSError):  # the cache of another user of the group
                 memo.save()
         return model
 
-    def listed(self, asked: str, kind: str) -> Model:
-        """The same from the catalogue; of speech, the first that speaks."""
+    def listed(self, asked: str, kind: str) -> Reply:
+        """The same from the catalogue, empty for what it does not list; of speech the first that
+        speaks, without a name, as the server chooses."""
         reply = self.http.call("GET", "/models")
         rows = reply.must(reply.rows, "rows")
         if kind == SPEECH and not asked:
-            spoken = [row for row in rows if row.text("type") == "text_to_speech"]
-            return Model("", row=spoken[0] if spoken else Reply({}))
-        if model := choose_model(rows, asked):
+            spoken = [row.values for row in rows if row.text("type") == "text_to_speech"]
+            return Reply({**spoken[0], "id": "", "slug": ""} if spoken else {})
+        if (model := choose_model(rows, asked)).values or asked:
             return model
-        if asked:  # the catalogue does not list all that works: the submit has the last word
-            return Model(asked, "" if UUID_SHAPE.fullmatch(asked) else asked)
         fit = [row.text("slug", "id") for row in rows if row.flag("requires_audio_input")]
         text = "this account has no Character 3 model; set HEDRA_MODEL_ID (or give --model) to one"
         raise HedraError(f"{text} that takes audio: {', '.join(fit) or 'none'}")
@@ -1554,9 +1531,9 @@ class WebApi:
             wishes = {"text_prompt": clip.prompt, **shape, **clip.settings}
             body = {"type": "video", "start_keyframe_id": image, "audio_id": audio}
             body["generated_video_inputs"] = wishes
-        name, of_id = clip.model.id, "model_id" if clip.kind == SPEECH else "ai_model_id"
-        if clip.model.slug or not UUID_SHAPE.fullmatch(name):
-            name, of_id = clip.model.slug or name, "model_slug"
+        name, of_id = clip.model.text("slug", "id"), "model_slug"
+        if UUID_SHAPE.fullmatch(name):
+            of_id = "model_id" if clip.kind == SPEECH else "ai_model_id"
         named = {of_id: name, "generation_id": clip.reserved}
         return {**body, **self.mine, **{field: value for field, value in named.items() if value}}
 
@@ -1587,7 +1564,7 @@ class WebApi:
             made = row.part("input")
             said = made.text("text") == clip.prompt and made.text("voice_id") == clip.voice
             said &= row.text("id") not in {*clip.past} - {clip.generation_id}
-            said &= not clip.model.slug or made.text("model_slug") == clip.model.slug
+            said &= clip.model.text("slug") in ("", made.text("model_slug"))
             if said if speech else clip.record.text("audio") in made.texts("audio_id"):
                 return row.text("id")
         return ""
@@ -1629,7 +1606,7 @@ class WebApi:
     def price(self, clip: Clip) -> float | None:
         """Credits by the catalogue, None where it does not tell. [Bills have run 17 % over it.]"""
         seconds = math.nan if clip.seconds is None else clip.seconds
-        return parse_price(clip.model.row, seconds, clip.resolution, len(clip.prompt))
+        return parse_price(clip.model, seconds, clip.resolution, len(clip.prompt))
 
     def balance(self) -> Balance:
         """What is left, of the workspace where one is set."""
@@ -1712,13 +1689,14 @@ class JobsApi:
         """The name that a model goes by in a clip's key. A v2 slug ends in the v3 id."""
         return asked.rpartition("/")[2] or self.default_model
 
-    def model(self, asked: str = "", kind: str = VIDEO, **_: object) -> Model:
+    def model(self, asked: str = "", kind: str = VIDEO, **_: object) -> Reply:
         """The model asked for, or Character 3 (or the one that speaks): needs no look."""
         default = self.default_speech_model if kind == SPEECH else self.default_model
-        name = asked.rpartition("/")[2] or default
-        if not name.startswith("hedra-"):
-            return Model(name, name, name)
-        return Model(name, name, name, RESOLUTIONS, ASPECT_RATIOS, MAX_SECONDS)
+        name, limits = asked.rpartition("/")[2] or default, dict[str, Any]()
+        if name.startswith("hedra-"):
+            limits = {"resolutions": [*RESOLUTIONS], "aspect_ratios": [*ASPECT_RATIOS]}
+            limits["max_duration_ms"] = MAX_SECONDS * 1000
+        return Reply({"id": name, **limits})
 
     def body(self, clip: Clip) -> dict[str, Any]:
         """A clip in the words of this API, without its files."""
@@ -1735,8 +1713,9 @@ class JobsApi:
         key = {"idempotency_key": clip.reserved} if clip.reserved and self.key_in_body else {}
         body = {"input": {**self.body(clip), **refs}, **key}
         headers = {"Idempotency-Key": clip.reserved} if clip.reserved else {}
+        path = f"/models/{in_path(clip.model.text('id'))}"
         try:
-            reply = self.http.api("POST", f"/models/{in_path(clip.model.id)}", body, headers)
+            reply = self.http.api("POST", path, body, headers)
         except ApiError as error:
             if not key or error.status != 400 or not error.__dict__.get("names_key"):
                 raise
@@ -1809,10 +1788,10 @@ class JobsApi:
             return None
         wishes = {"duration_ms": round(at * 1000)} if clip.kind == VIDEO else {}
         wishes |= self.body(clip)
-        asked = json.dumps([clip.model.id, {**wishes, "prompt": ""}])
+        asked = json.dumps([clip.model.text("id"), {**wishes, "prompt": ""}])
         if asked in self.quoted:
             return self.quoted[asked]
-        path = f"/models/{in_path(clip.model.id)}/estimate"
+        path = f"/models/{in_path(clip.model.text('id'))}/estimate"
         reply = self.http.call("POST", path, {"input": wishes})
         price = reply.must(reply.number, "cost")
         if price >= 0:
@@ -2368,7 +2347,7 @@ class Studio:
         old = self.model(self.asked[VIDEO], known_only=True)
         clip.key, clip.other_key = (
             digest_of(clip.portrait.digest, sound, *wishes, name, self.account.id, *more)
-            for name in (self.api.canonical(self.asked[VIDEO]), old.slug or old.id)
+            for name in (self.api.canonical(self.asked[VIDEO]), old.text("slug", "id"))
         )
         if clip.other_key != clip.key and self.ledger.load("clips", clip.other_key).values:
             clip.key = clip.other_key
@@ -2566,10 +2545,11 @@ class Studio:
     def price_by(self, part: Clip, age_s: float) -> float | None:
         """The same by a catalogue that may be so many seconds old."""
         part.model = self.model(self.asked[part.kind], kind=part.kind, max_age_s=age_s)
-        model, name, seconds = part.model, part.model.name or part.model.id, part.seconds
+        model, seconds, name = part.model, part.seconds, part.model.text("name", "slug", "id")
+        most_s = (model.number("max_duration_ms") or 0) / 1000
         for wish, offered, flag in (
-            (part.resolution, model.resolutions, "--resolution"),
-            (part.aspect_ratio, model.aspect_ratios, "--aspect-ratio"),
+            (part.resolution, model.texts("resolutions"), "--resolution"),
+            (part.aspect_ratio, model.texts("aspect_ratios"), "--aspect-ratio"),
         ):
             if part.kind == VIDEO and offered and wish not in offered:
                 raise InputError(f"{name} has no {flag} {wish}: choose one of {', '.join(offered)}")
@@ -2577,8 +2557,8 @@ class Studio:
         if not MIN_SECONDS <= asked_s <= MAX_SECONDS:
             wrong = "a duration_ms that is not from 500 to 600,000"
             raise InputError(f"{part.name} has {wrong}; nothing was sent")
-        if part.kind == VIDEO and seconds and model.max_seconds and seconds > model.max_seconds:
-            limit = f"{name} takes at most {model.max_seconds:g} s"
+        if part.kind == VIDEO and seconds and 0 < most_s < seconds:
+            limit = f"{name} takes at most {most_s:g} s"
             raise InputError(f"{part.name} lasts {seconds:.1f} s; {limit}")
         return self.api.price(part)
 
@@ -3252,7 +3232,7 @@ def get_default_model_id(api_key: str, *, environ: Environ = None) -> str:
     """HEDRA_MODEL_ID if set, else Character 3's id (or slug) from `.cache/model_id` or, looked up,
     from the catalogue. Raises HedraError with the models that would do where it has none."""
     asked = setting(os.environ if environ is None else environ, "HEDRA_MODEL_ID")
-    return asked or connect(api_key, environ).model().id
+    return asked or connect(api_key, environ).model().text("id", "slug")
 
 
 def start_generation(
@@ -3267,11 +3247,12 @@ def start_generation(
     api = connect(api_key, environ)
     check_wishes(prompt, settings)
     name = model_id or get_default_model_id(api_key, environ=environ)
-    known = api.model(name if api.replays else "", known_only=True)
+    known = api.model(known_only=True)
+    if name not in (known.text("id"), known.text("slug")):
+        known = api.model(name, known_only=True)
     clip = Clip(
         "", Path(), prompt=prompt, resolution=resolution, aspect_ratio=aspect_ratio,
-        settings=settings or {},
-        model=known if api.replays or name in (known.id, known.slug) else Model(name),
+        settings=settings or {}, model=known,
     )
     clip.record.values |= {"image": image_id, "audio": audio_id, "reserved": generation_id}
     try:
