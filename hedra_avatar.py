@@ -1158,12 +1158,6 @@ def bounded(pools: Any, silence_s: float) -> Any:
     return type("Pool", (pools,), {"ConnectionCls": Bounded, "QueueCls": idle})
 
 
-def end(response: urllib3.BaseHTTPResponse) -> None:
-    """Give a connection back: of a body that was read to its end it is free already."""
-    response.close()
-    response.release_conn()
-
-
 class Transport:
     """One account's way to Hedra, safe for threads; every fault comes out as an ApiError."""
 
@@ -1272,7 +1266,7 @@ class Transport:
                 redirect=False,
             )
         if response.status < 200:  # the answer itself is still to come, and not to the next one
-            end(response)
+            response.close()
             text = f"{where}: {response.status} is no final answer; {LATER}"
             raise ApiError(text, ambiguous=True, retryable=True)
         return response
@@ -1300,14 +1294,14 @@ class Transport:
 
     def blocks(self, response: urllib3.BaseHTTPResponse, where: str) -> Iterator[bytes]:
         """The body of an answer as it arrives, by the moment DUE, which is that of its header until
-        somebody puts it off; the connection goes back to the pool at its end."""
+        somebody puts it off; at the body's own end its connection is back in the pool by then."""
         try:
             with faults(where, self.account.silence_s):
                 while block := response.read1(BLOCK_BYTES, decode_content=False):
                     self.count("bytes_down", len(block))
                     yield block
         finally:
-            end(response)
+            response.close()
 
     def text(self, response: urllib3.BaseHTTPResponse, where: str) -> str:
         """The whole body, without the key should the server echo it; raises ApiError."""
@@ -1408,7 +1402,7 @@ class Transport:
             target = response.headers.get("Location", "")
             if response.status not in (301, 302, 303, 307, 308) or not target:
                 return response
-            end(response)
+            response.close()
         raise ApiError(f"the result's address redirects in a circle; {LATER}", retryable=True)
 
 
@@ -2237,7 +2231,7 @@ class Download:
             if response.status != 416:
                 self.receive(response, total)
         finally:
-            end(response)
+            response.close()
         if (size := self.file.tell()) < total:
             raise ApiError(f"the download was cut at {size:,} bytes; {LATER}", retryable=True)
         self.file.flush()
