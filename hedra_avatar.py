@@ -1329,10 +1329,10 @@ class Transport:
             raise ApiError(text, retryable=True, ambiguous=True) from None
         return Reply({"rows": value} if isinstance(value, list) else value, where)
 
-    def before_retry(self, error: HedraError, wait_s: float = 0.0) -> None:
+    def before_retry(self, error: HedraError, wait_s: float, until: float = math.inf) -> None:
         """Raise an error again where there is no time for another try; after a refusal for rate
         there is a pause for all."""
-        if max(wait_s, error.retry_after or 0.0) >= self.longest_s():
+        if wait_s >= self.longest_s() or time.monotonic() + wait_s > until:
             raise error
         self.count("retries")
         if isinstance(error, RateLimited):
@@ -1342,11 +1342,7 @@ class Transport:
         """Repeat a harmless request: a few times after faults, patiently while refused for rate."""
         until = time.monotonic() + self.longest_s()
 
-        def before_retry(error: ApiError, wait_s: float) -> None:
-            if time.monotonic() + wait_s > until:
-                raise error
-            self.before_retry(error, wait_s)
-
+        before_retry = functools.partial(self.before_retry, until=until)
         again = functools.partial(
             retry, max_retry_after=math.inf, max_delay=10.0, sleep=self.sleep, on_retry=before_retry
         )
