@@ -684,16 +684,6 @@ class Voice(NamedTuple):
     preview_url: str = ""
 
 
-def parse_time(text: str) -> float | None:
-    """Seconds since the epoch from an ISO-8601 instant, or None."""
-    import datetime
-
-    with contextlib.suppress(ValueError, OverflowError):
-        moment = datetime.datetime.fromisoformat(text)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
-    return None
-
-
 def parse_retry_after(value: str) -> float | None:
     """Seconds to wait from a Retry-After header: a number or an HTTP date, else None."""
     from email.utils import parsedate_to_datetime
@@ -1671,8 +1661,11 @@ class JobsApi:
 
     def upload(self, file: Path, kind: Kind, advance: Advance) -> tuple[str, float]:
         """Hand a file to Hedra; its handle, and when that lapses: an hour later."""
-        reply = self.http.upload("/files", file, advance)
-        lapses = parse_time(reply.text("expires_at")) or time.time() + 3600
+        import datetime
+
+        reply, lapses = self.http.upload("/files", file, advance), time.time() + 3600
+        with contextlib.suppress(ValueError, OverflowError):  # an instant of ISO 8601, with a zone
+            lapses = datetime.datetime.fromisoformat(reply.text("expires_at")).timestamp()
         return reply.must(reply.text, "url"), lapses
 
     def canonical(self, asked: str) -> str:
