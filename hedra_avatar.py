@@ -1111,7 +1111,6 @@ class Line(io.RawIOBase):
         super().close()
 
 
-@functools.cache
 def bounded(pools: Any, silence_s: float) -> Any:
     """A class of urllib3's pools whose answers come in time, from their first byte on."""
     from http.client import HTTPException, HTTPResponse
@@ -1160,13 +1159,9 @@ class Transport:
         """Seconds until this thread's deadline."""
         return DEADLINE.get() - time.monotonic()
 
-    def patience_s(self) -> float:
-        """Seconds that an answer may keep silent."""
-        return min(self.account.silence_s, self.left_s())
-
     def put_off(self) -> None:
-        """Give what this thread receives another such time."""
-        DUE.set(kernel_s() + self.patience_s())
+        """Give what this thread receives as long again as an answer may keep silent."""
+        DUE.set(kernel_s() + min(self.account.silence_s, self.left_s()))
 
     def longest_s(self) -> float:
         """The longest wait that Hedra may ask for."""
@@ -1745,7 +1740,7 @@ class JobsApi:
         path, http = f"/jobs/{in_path(job_id)}/stream", self.http
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
         headers |= {"Last-Event-Id": last_id} if last_id else {}
-        first_s = max(0.1, min(FIRST_FRAME_S, http.patience_s()))
+        first_s = min(FIRST_FRAME_S, http.account.silence_s)
         response = http.open("GET", path, headers, silence_s=first_s)
         for block in http.blocks(response, f"GET {path}"):
             http.sleep(0.0)  # raises where the time is over
