@@ -1345,18 +1345,16 @@ class Transport:
             size, sent = os.fstat(stream.fileno()).st_size, 0
             kind = sniff(stream.read(16), "") or "application/octet-stream"
             # The name in it is ours: a file's own may break a header.
-            named = f'form-data; name="file"; filename="file.{kind.rpartition("/")[2]}"'
-            mark = f"hedra-avatar-{os.urandom(12).hex()}"
-            opening = f"--{mark}\r\nContent-Disposition: {named}\r\nContent-Type: {kind}\r\n\r\n"
-            closing, kind = f"\r\n--{mark}--\r\n", f"multipart/form-data; boundary={mark}"
-            length = len(opening) + size + len(closing)
-            headers = {"Content-Type": kind, "Content-Length": str(length)}
+            empty = {"file": (f"file.{kind.rpartition('/')[2]}", b"", kind)}
+            form, kind = need("urllib3").encode_multipart_formdata(empty)
+            opening, mark, closing = form.rpartition(b"\r\n--")  # before it the bytes belong
+            headers = {"Content-Type": kind, "Content-Length": str(len(form) + size)}
 
             def body() -> Iterator[bytes]:
                 nonlocal sent
                 advance(-sent)
                 sent = stream.seek(0)
-                yield opening.encode()
+                yield opening
                 while block := stream.read(min(PIECE_BYTES, size - sent)):
                     yield block
                     sent += len(block)
@@ -1365,7 +1363,7 @@ class Transport:
                     self.sleep(0.0)  # raises where the time is over
                 if sent < size:
                     raise InputError(f"{file} shrank while it was sent; run it again")
-                yield closing.encode()
+                yield mark + closing
 
             return self.repeat(lambda: self.api("POST", path, body(), headers))
 
