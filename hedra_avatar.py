@@ -1043,7 +1043,7 @@ class Pace:
         self.sent += 1
         return 0.0
 
-    def refused(self, error: ApiError) -> None:
+    def refused(self, error: HedraError) -> None:
         """Too fast: a pause for all; where Hedra does not say how long, the next one is longer if
         hardly anything went out after the last one."""
         now = time.monotonic()
@@ -2691,9 +2691,7 @@ class Studio:
         except OutOfCredits as error:
             self.broke = error
             raise
-        # A replay does not tell whether it is one; else it has been looked for before.
-        replayed = clip.state == DOUBT and self.api.replays
-        self.accept(clip, generation_id, paid=fresh and not replayed)
+        self.accept(clip, generation_id, paid=fresh)
 
     def speak(self, clip: Clip, speech: Clip) -> None:
         """Make the speech of a clip first, or take the one that there is; then its video has a
@@ -2791,25 +2789,20 @@ class Studio:
     def submit(self, clip: Clip) -> tuple[str, bool]:
         """The id of the generation, and whether this very submit made it. After an answer that
         leaves open what happened, look before another."""
-        faults, refusals, lost, renewed = 0, 0, False, False
-        in_doubt = clip.state == DOUBT and self.api.replays  # it may be paid already
-        self.prepare(clip)
+        faults, refusals, renewed = 0, 0, False
+        lost = clip.state == DOUBT  # it may be paid already, and a replay would not tell
         while True:
+            self.prepare(clip)
             try:
-                return self.api.submit(clip), True
-            except (Stopped, StillRunning):  # before anything went out
-                if not (lost or in_doubt):
-                    clip.record.save(state=NEW)
-                raise
-            except ApiError as error:
+                return self.api.submit(clip), clip.state != DOUBT
+            except HedraError as error:  # Stopped, StillRunning: before anything went out
                 lost = lost or (error.ambiguous and error.status != 409)
                 if error.ambiguous and (found := self.look(clip)):
                     return found, lost  # else it was there before this submit
-                if not (error.ambiguous or lost or in_doubt):
+                if not (error.ambiguous or lost):
                     clip.record.save(state=NEW)
                     error.add(f"nothing was paid for the {clip.kind}")
                 if not renewed and (renewed := self.renew(clip, error)):
-                    self.prepare(clip)
                     continue
                 is_limit = isinstance(error, RateLimited)  # of the account, or of a gateway
                 faults, refusals = faults + (not is_limit), refusals + is_limit
@@ -2823,11 +2816,9 @@ class Studio:
                 if is_limit and not error.ambiguous:
                     self.view.state(clip, "waiting for a place", error.words)
                     self.await_place(error, refusals)
-                    clip.record.save(sync=True, state="intent")
                 else:
                     self.view.state(clip, "submitting again", f"after: {error.words or error}")
                     self.http.sleep(wait_s)
-                    self.prepare(clip)
 
     def be_patient(self) -> None:
         """As long as a clip of ours is at work a place will be free, and the time that it takes is
@@ -2836,7 +2827,7 @@ class Studio:
             DEADLINE.set(min(self.deadline, time.monotonic() + self.timeout_s))
         self.http.sleep(0.0)
 
-    def await_place(self, error: ApiError, refusals: int) -> None:
+    def await_place(self, error: HedraError, refusals: int) -> None:
         """Wait after a refusal until it is over; or, one clip after the other, until one of the
         generations that run has ended, so that each clip takes the place of one."""
         http, words, alone = self.http, error.words.lower(), not self.http.waiting
@@ -2857,7 +2848,7 @@ class Studio:
         finally:
             self.turn.release()
 
-    def renew(self, clip: Clip, error: ApiError) -> bool:
+    def renew(self, clip: Clip, error: HedraError) -> bool:
         """Whether a refusal may be of files, or of a model, that were there before and are worth
         another try: they are forgotten."""
         words = f"{error.code} {error.words}".lower()
