@@ -2668,13 +2668,12 @@ class Studio:
         last one was delivered or refused; one that was never submitted is used again."""
         if clip.record.text("state") in ("", NEW, "intent"):
             return
-        first, *others = self.takes(clip.key)
-        last = others[-1] if others else first
-        if last is first or last.text("state") not in ("", NEW):
+        first, *others = takes = self.takes(clip.key)
+        if takes[-1].text("state") not in ("", NEW):
             name = os.urandom(8).hex()
             first.save(sync=True, takes=[*(take.text("take") for take in others), name])
-            last = Record(first.path.with_name(f"{clip.key}.{name}.json"), {"take": name})
-        clip.record = last
+            takes += [Record(first.path.with_name(f"{clip.key}.{name}.json"), {"take": name})]
+        clip.record = takes[-1]
 
     def order(self, clip: Clip) -> None:
         """Rules 2 to 4: price, uploads, intent, submit."""
