@@ -892,7 +892,7 @@ class Clip:
     state = NEW
     looked = 0.0  # when its files were looked at: the video's time, so that a later file is newer
     key = other_key = found = ""  # by which the ledger has it; the id that Hedra has it under
-    past: Collection[str] = ()  # what Hedra calls the takes that the ledger knows
+    past: Collection[str] = ()  # what Hedra calls the takes that the ledger knew at the last look
     price: float | None = None
     billed: float | None = None
     error: Exception | None = None
@@ -2399,11 +2399,11 @@ class Studio:
             takes.sort(key=lambda take: take.number("submitted_at") or math.inf)
         return [first, *takes]
 
-    def judge(self, clip: Clip, *, force: bool = False, known: str | None = None) -> str:
+    def judge(self, clip: Clip, *, force: bool = False) -> str:
         """What a clip needs, from its records and its files: the one place that says so. A take
-        that came to nothing leaves the one before in force. `force` is a new take of the
-        generation that was `known` (None: whichever), not of what came since, and of a speech only
-        where that was refused or is lost."""
+        that came to nothing leaves the one before in force. `force` is a new take in place of what
+        was there when it was judged before, not of what came since, and of a speech only where
+        that was refused or is lost."""
         takes = self.takes(clip.key)
         submitted = [take for take in takes if take.text("state") not in ("", NEW)]
         fine = [
@@ -2411,9 +2411,9 @@ class Studio:
             and not (take.text("state") == "submitted" and take.flag("lost"))
         ]
         record = clip.record = (fine or submitted or takes[:1])[-1]
+        is_old = not clip.past or clip.generation_id in clip.past
         clip.past = {take.text("generation_id") for take in takes}
-        state = record.text("state")
-        forced = force and clip.kind == VIDEO and known in (None, clip.generation_id)
+        state, forced = record.text("state"), force and clip.kind == VIDEO and is_old
         if state == "intent":
             needs = DOUBT
         elif force and record.flag("lost") and not self.ledger.find(clip):
@@ -2616,8 +2616,8 @@ class Studio:
         """Judge once more, as another process may have been at work since the plan, and take up
         what Hedra was found to have. Raises GenerationFailed for what was refused."""
         self.ledger.load("clips", clip.key, owned=True)
-        force, known = self.force and clip.state in OPEN, clip.generation_id
-        clip.state = self.judge(clip, force=force, known=known)
+        force = self.force and clip.state in OPEN
+        clip.state = self.judge(clip, force=force)
         if clip.state == REFUSED:
             part = next(part for part in clip.parts if part.state == REFUSED)
             whose = "" if part is clip else "its speech: "
@@ -2635,7 +2635,7 @@ class Studio:
                 raise StillRunning(f"{text}: run it again with a longer --timeout")
             if not found and not self.api.replays:
                 clip.record.save(state=NEW)
-                clip.state = self.judge(clip, force=force, known=known)
+                clip.state = self.judge(clip, force=force)
         if found:
             self.accept(clip, found, paid=False)
             clip.state = FLIGHT
