@@ -2557,39 +2557,43 @@ class Studio:
             self.unread[what] = time.monotonic() + 60.0 * error.retryable
             return None
 
-    def afford(self, clips: Sequence[Clip]) -> None:
-        """Raise OutOfCredits where the clips cost more than the balance or the cap, InputError
-        where a cap is set and a price is not known. Nothing has been uploaded by then. The cap
-        counts an estimate with a fifth on top."""
+    def afford(self, clips: Sequence[Clip], kept: str = "nothing was uploaded or paid") -> None:
+        """Raise OutOfCredits where the clips cost more than the balance or, with what was submitted
+        before, than the cap, InputError where a cap is set and a price is not known. The cap counts
+        an estimate with a fifth on top."""
         wanted, unit, cap = [clip for clip in clips if clip.state in OPEN], self.api.unit, self.cap
-        self.tell_unknown(wanted, cap)
+        self.tell_unknown(wanted, kept)
         parts = open_parts(wanted)
         guessed = sum(part.price or 0 for part in parts if part.is_estimate)
         high = round(sum(part.price or 0 for part in parts) + guessed / 5, 6)
-        if cap is not None and high > cap:
-            guess = " (with a fifth on top of guesses)" * any(c.is_estimate for c in wanted)
-            text = f"to make: {len(wanted)}, for about {amount(high, unit)}{guess}; --max-credits"
-            raise OutOfCredits(f"{text} is {amount(cap, unit)}; nothing was uploaded or paid")
+        names = self.held.keys() - {part.reserved for part in parts}
+        most = round(high + sum(self.held[name] for name in names), 6)
+        if cap is not None and most > cap:
+            guess = " (with a fifth on top of guesses)" * bool(guessed)
+            costs = f"about {amount(high, unit)}{guess}, and all together {amount(most, unit)}"
+            text = f"to make: {len(wanted)}, for {costs}; --max-credits is {amount(cap, unit)}"
+            raise OutOfCredits(f"{text}: raise it; {kept}")
         # What is in doubt may be paid already: there the server has the last word.
         new = open_parts(clip for clip in wanted if clip.state == NEW)
         price = round(sum(part.price or 0 for part in new), 6)
         if self.balance and price > (left := self.balance.remaining):
-            how = "add funds and run the same command again; nothing was uploaded or paid"
+            how = f"add funds and run the same command again; {kept}"
             costs, has = amount(price, unit), amount(left, unit)
             text = f"this costs about {costs} and the account has {has}: {how}"
             share = MIN_SECONDS / max(MIN_SECONDS, sum(part.seconds or 0.0 for part in new))
             raise OutOfCredits(text, is_of_all=left < share * price)  # not even the shortest
 
-    def tell_unknown(self, clips: Sequence[Clip], cap: float | None = None) -> None:
-        """Say of which clips no price is known, and why; raises InputError where there is a cap."""
+    def tell_unknown(self, clips: Sequence[Clip], kept: str = "") -> None:
+        """Say of which clips no price is known, and why; raises InputError where there is a cap and
+        something is about to be paid."""
         if not (unknown := [clip for clip in clips if clip.due is None]):
             return
         text = f"no price is known of {', '.join(clip.name for clip in unknown)}"
         if any(clip.seconds is None for clip in unknown):
             text += ": how long the recording is cannot be told without ffprobe (a part of ffmpeg)"
-        if cap is not None:
+        if kept and self.cap is not None:
             how = "run it again later, move these away, or leave --max-credits out"
-            raise InputError(f"{text}; --max-credits is a limit, so nothing was paid: {how}")
+            raise InputError(f"{text}; --max-credits is a limit, so {kept}: {how}")
         self.view.say(f"warning: {text}; the server has the last word")
 
     # -- make: one clip, under its lock
@@ -2712,24 +2716,16 @@ class Studio:
         clip.price = None
 
     def hold(self, clip: Clip) -> None:
-        """Hold what is about to be paid, and what was before, against the cap: the promise."""
-        unit = self.api.unit
+        """Hold what is about to be paid against the cap and, as the true length of what says a text
+        is known only now, against the balance."""
+        kept = "its speech is kept" if clip.speech else "what was made before is kept"
         with self.lock:
-            held = self.held | {clip.reserved: clip.price or 0.0}
-            paid = round(sum(held.values()), 6)
             if self.cap is not None and clip.kind == VIDEO and clip.is_estimate:
                 how = "install ffprobe (a part of ffmpeg) or leave --max-credits out"
                 raise InputError(f"how long its speech is, and so its price, is not known: {how}")
-            left = self.balance.remaining if self.balance else math.inf
-            if clip.speech and (clip.price or 0.0) > left:  # by now its true length is known
-                costs, has = amount(clip.price, unit), amount(left, unit)
-                text = f"the video costs about {costs} and the account has {has}"
-                raise OutOfCredits(f"{text}; its speech is kept: add funds and run it again")
-            if self.cap is not None and (clip.price is None or paid > self.cap):
-                costs = f"{amount(clip.price, unit)}, and all together {amount(paid, unit)}"
-                text = f"the {clip.kind} costs {costs}; what was made before is kept"
-                raise OutOfCredits(f"{text}; --max-credits is {amount(self.cap, unit)}: raise it")
-            self.held = held
+            if self.cap is not None or (clip.speech and clip.price):
+                self.afford([clip], kept)
+            self.held[clip.reserved] = clip.price or 0.0
 
     def about(self, clip: Clip) -> dict[str, Any]:
         """For the person who reads the ledger."""
