@@ -1769,10 +1769,9 @@ class JobsApi:
             return self.quoted[asked]
         path = f"/models/{in_path(clip.model.text('id'))}/estimate"
         reply = self.http.call("POST", path, {"input": wishes})
-        price = reply.must(reply.number, "cost")
-        if price >= 0:
+        if (price := reply.must(reply.number, "cost")) >= 0:
             self.quoted[asked] = price
-        return price
+        return self.quoted.get(asked)
 
     def balance(self) -> Balance:
         """What is left in the wallet, in US dollars."""
@@ -2507,8 +2506,7 @@ class Studio:
         """The price of what is not paid yet; it stays None where nobody can tell."""
         for part in open_parts([clip]):
             if part.price is None:
-                price = self.tolerant(functools.partial(self.price, part), "the price")
-                part.price = price if price is not None and price >= 0 else None
+                part.price = self.tolerant(functools.partial(self.price, part), "the price")
 
     def price(self, part: Clip) -> float | None:
         """The price of a video or a speech; raises InputError for what its model cannot do, by
@@ -2630,8 +2628,7 @@ class Studio:
                 "portrait, recording, text or prompt; --force pays for a new take)",
                 generation_id=part.generation_id,
             )
-        unsent = clip.record.text("state") in ("", NEW, "intent")
-        doubtful, found = clip.state == DOUBT, clip.found if unsent else ""
+        doubtful, found = clip.state == DOUBT, "" if clip.generation_id else clip.found
         if not found and doubtful:
             found = self.look(clip)
             if not found and self.http.left_s() <= 0:  # which has found out nothing
