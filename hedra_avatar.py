@@ -3240,10 +3240,8 @@ def wait_and_download(
             target.parent.mkdir(parents=True, exist_ok=True)
             with studio.ledger.own(f"target {clip.place}", lambda: None):
                 studio.collect(clip)
+                clip.record.path.unlink(missing_ok=True)  # until then its ETag is needed to go on
     finally:
-        with contextlib.suppress(OSError):
-            if not hidden(target, generation_id).exists():  # else its ETag is needed to go on
-                clip.record.path.unlink(missing_ok=True)
         shown.leave(clip)
         if not view:
             shown.close()
