@@ -2568,9 +2568,9 @@ class Studio:
         most = round(high + sum(self.held[name] for name in names), 6)
         if cap is not None and most > cap:
             guess = " (with a fifth on top of guesses)" * bool(guessed)
-            costs = f"about {amount(high, unit)}{guess}, and all together {amount(most, unit)}"
-            text = f"to make: {len(wanted)}, for {costs}; --max-credits is {amount(cap, unit)}"
-            raise OutOfCredits(f"{text}: raise it; {kept}")
+            before = f", after {amount(most - high, unit)}" * (most > high)
+            text = f"to make: {len(wanted)}, for about {amount(high, unit)}{guess}{before}"
+            raise OutOfCredits(f"{text}; --max-credits is {amount(cap, unit)}: raise it; {kept}")
         # What is in doubt may be paid already: there the server has the last word.
         new = open_parts(clip for clip in wanted if clip.state == NEW)
         price = round(sum(part.price or 0 for part in new), 6)
