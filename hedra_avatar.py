@@ -2339,7 +2339,7 @@ class Studio:
         def key_by(voice: str) -> str:
             return digest_of("speech", clip.prompt, voice, model, self.account.id)
 
-        known = self.voice_memo(clip.voice).texts("ids")
+        known = self.voice_ids(clip.voice)
         takes = {voice: self.ledger.load("clips", key_by(voice)) for voice in known}
         said = (voice for voice, take in takes.items() if take.text("state") not in ("", NEW))
         clip.voice = next(said, "") or self.voice(clip.voice)
@@ -2347,11 +2347,14 @@ class Studio:
         if not clip.target.name:
             clip.target = self.ledger.speeches / f"{clip.key}.audio"
 
-    def voice_memo(self, asked: str) -> Record:
-        """The ids that a voice was known by: what it has said stays said, though it has a new id
-        today."""
-        name = digest_of(self.account.id, self.asked[SPEECH], plain_name(asked))
-        return self.ledger.load("voices", name)
+    @property
+    def voice_names(self) -> Record:
+        """The ids that voices have had, by their names."""
+        return self.ledger.load("voices", digest_of(self.account.id, self.asked[SPEECH]))
+
+    def voice_ids(self, asked: str) -> list[str]:
+        """What a voice was known as: what it has said stays said, though it has a new id today."""
+        return self.voice_names.part("names").texts(plain_name(asked)) if asked else []
 
     def voice(self, asked: str) -> str:
         """The id of a voice that is asked for by name, whatever its case, or id; raises InputError
@@ -2367,8 +2370,8 @@ class Studio:
         found = [voice.id for voice in voices if voice.id == asked][:1] or list(named)
         if len(found) == 1:
             if UUID_SHAPE.search(found[0]):
-                memo = self.voice_memo(asked)
-                memo.save(name=wanted, ids=[*dict.fromkeys([*found, *memo.texts("ids")])])
+                memo, ids = self.voice_names, dict.fromkeys([*found, *self.voice_ids(asked)])
+                memo.save(names={**memo.part("names").values, wanted: [*ids]})
             return found[0]
         if found:
             which = f"voices named {asked!r}: {', '.join(found)}"
@@ -2568,7 +2571,7 @@ class Studio:
         most = round(high + sum(self.held[name] for name in names), 6)
         if cap is not None and most > cap:
             guess = " (with a fifth on top of guesses)" * bool(guessed)
-            before = f", after {amount(most - high, unit)}" * (most > high)
+            before = f", and all together {amount(most, unit)}" * (most > high)
             text = f"to make: {len(wanted)}, for about {amount(high, unit)}{guess}{before}"
             raise OutOfCredits(f"{text}; --max-credits is {amount(cap, unit)}: raise it; {kept}")
         # What is in doubt may be paid already: there the server has the last word.
@@ -2715,7 +2718,8 @@ class Studio:
     def hold(self, clip: Clip) -> None:
         """Hold what is about to be paid against the cap and, as the true length of what says a text
         is known only now, against the balance."""
-        kept = "its speech is kept" if clip.speech else "what was made before is kept"
+        kept = f"{'its speech' if clip.speech else 'what was made before'} is kept"
+        kept = f"nothing was paid for the {clip.kind}; {kept}"
         with self.lock:
             if self.cap is not None and clip.kind == VIDEO and clip.is_estimate:
                 how = "install ffprobe (a part of ffmpeg) or leave --max-credits out"
@@ -3206,9 +3210,9 @@ def start_generation(
     api = connect(api_key, environ)
     check_wishes(prompt, settings)
     name = model_id or get_default_model_id(api_key, environ=environ)
-    known = api.model(known_only=True)
-    if name not in (known.text("id"), known.text("slug")):
-        known = api.model(name, known_only=True)
+    known = api.model(name if api.replays else "", known_only=True)
+    if not api.replays and name not in (known.text("id"), known.text("slug")):
+        known = Reply({"id": name})  # as it was given: no slug of an earlier day
     clip = Clip(
         "", Path(), prompt=prompt, resolution=resolution, aspect_ratio=aspect_ratio,
         settings=settings or {}, model=known,
@@ -3240,8 +3244,10 @@ def wait_and_download(
             target.parent.mkdir(parents=True, exist_ok=True)
             with studio.ledger.own(f"target {clip.place}", lambda: None):
                 studio.collect(clip)
-                clip.record.path.unlink(missing_ok=True)  # until then its ETag is needed to go on
     finally:
+        with contextlib.suppress(OSError):
+            if not hidden(target, generation_id).exists():  # else its ETag is needed to go on
+                clip.record.path.unlink(missing_ok=True)
         shown.leave(clip)
         if not view:
             shown.close()
@@ -3847,6 +3853,8 @@ def cmd_run(command: Command) -> int:
     args, source = command.args, run_source(command.args)
     if args.wav:
         command.studio.ledger.media(source, "audio")  # before a portrait is asked for
+    elif args.say == "@":
+        raise InputError("--say @ needs the name of a file, as in --say @news.txt")
     if args.out and not os.path.basename(args.out):
         raise InputError(f"--out {args.out} is a folder: --out-dir takes one")
     is_file = (args.wav or args.say.startswith("@")) and source.exists()
@@ -4089,8 +4097,9 @@ def supervise(work: Callable[[Command], int], command: Command) -> int:
     caught: list[int] = []  # and not an exception, which a callback might swallow
     is_main = threading.current_thread() is threading.main_thread()
     signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP] if is_main else []
-    heeded = [n for n in signals if signal.getsignal(n) is not signal.SIG_IGN]  # nohup's is not
-    before = {n: signal.signal(n, lambda number, frame: caught.append(number)) for n in heeded}
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as nohup wants it
+        signals = signals[:2]
+    before = {n: signal.signal(n, lambda number, frame: caught.append(number)) for n in signals}
     try:
         future = ThreadPoolExecutor(1).submit(work, command)
         while not caught and not wait([future], 0.1).done:
