@@ -1769,9 +1769,9 @@ class JobsApi:
             return self.quoted[asked]
         path = f"/models/{in_path(clip.model.text('id'))}/estimate"
         reply = self.http.call("POST", path, {"input": wishes})
-        if (price := reply.must(reply.number, "cost")) >= 0:
-            self.quoted[asked] = price
-        return self.quoted.get(asked)
+        if (price := reply.must(reply.number, "cost")) < 0:
+            return None
+        return self.quoted.setdefault(asked, price)
 
     def balance(self) -> Balance:
         """What is left in the wallet, in US dollars."""
@@ -2718,8 +2718,8 @@ class Studio:
     def hold(self, clip: Clip) -> None:
         """Hold what is about to be paid against the cap and, as the true length of what says a text
         is known only now, against the balance."""
-        kept = f"{'its speech' if clip.speech else 'what was made before'} is kept"
-        kept = f"nothing was paid for the {clip.kind}; {kept}"
+        before = "its speech" if clip.speech else "what was made before"
+        kept = f"nothing was paid for the {clip.kind}; {before} is kept"
         with self.lock:
             if self.cap is not None and clip.kind == VIDEO and clip.is_estimate:
                 how = "install ffprobe (a part of ffmpeg) or leave --max-credits out"

@@ -2116,21 +2116,21 @@ def test_a_folder_may_hold_texts_with_voices_of_their_own_and_a_recording_wins(w
 
 
 def test_a_speech_that_is_longer_than_its_estimate_breaks_neither_cap_nor_balance(world):
-    world.box.speak = lambda text, out, voice: write_wav(out, 60.0)
-    for wav in world.fill("a", "b"):
-        wav.with_suffix(".say.txt").write_text(wav.stem * 150)
-        wav.unlink()
+    world.box.speak = lambda text, out, voice: write_wav(out, 100.0 if text[0] == "b" else 60.0)
+    for wav in world.fill("a", "b", "c"):  # a and c are too dear together, and b alone is
+        wav.rename(wav.with_suffix(".say.txt")).write_text(wav.stem * 150)
     flags, cap = ["--voice", "Otis"], {"v2": "250", "v3": "2.5"}[world.version]
-    world.batch(*flags, "--max-credits", cap).fails(world.cost(180), "--max-credits", "raise it")
-    assert (len(world.bought("text_to_speech")), len(world.bought())) == (2, 1), "of all together"
-    (world.folder / "batch/b.say.txt").unlink()
-    world.money(100)
-    (world.folder / "batch/a.say.txt").write_text("y" * 150)
-    world.batch(*flags).fails(world.cost(180), "its speech is kept")
+    told = world.batch(*flags, "--max-credits", cap).fails("--max-credits", "raise it").err
+    assert world.cost(300) in told and sum(one.cost for one in world.box.paid) <= float(cap)
     assert (len(world.bought("text_to_speech")), len(world.bought())) == (3, 1)
+    world.money(100)
+    (wav,) = world.fill("d", where="more")
+    wav.rename(wav.with_suffix(".say.txt")).write_text("d" * 150)
+    world.batch("more", *flags).fails(world.cost(180), "its speech is kept")
+    assert (len(world.bought("text_to_speech")), len(world.bought())) == (4, 1)
     world.money(200)
-    world.batch(*flags).works()
-    assert (len(world.bought("text_to_speech")), len(world.bought())) == (3, 2)
+    world.batch("more", *flags).works()
+    assert (len(world.bought("text_to_speech")), len(world.bought())) == (4, 2)
 
 
 def test_before_there_is_a_speech_its_price_is_an_estimate(world):
